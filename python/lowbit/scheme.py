@@ -135,7 +135,7 @@ class Scheme:
         group_size: weights along K that share a scale; a multiple of 8, or -1 for all of K.
         zero_kind: "none" (symmetric), "int", "float" or "offset"; integer formats only.
         scale_dtype: "float32", "float16" or "bfloat16"; by default bfloat16 for groups, else float32.
-        scaling: "group", or "block128" for one scale per 128 x 128 block (fp8 formats only; group_size is then -1).
+        scaling: "group", or "block128" for one scale per 128 x 128 block (fp8 formats only; group_size is then 128).
         activation: None, or one of `ACTIVATIONS`: the input is quantized too, and the product is 8-bit by b-bit.
         search: find the scale of least squared error instead of rounding to nearest with the absmax scale; by default
             only below 8 bits, where it pays. It decides how codes are made, not how they are stored.
@@ -167,6 +167,8 @@ class Scheme:
         fill("format", info.name)
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise TypeError(f"Scheme.group_size must be an int, got {self.group_size!r}")
+        if self.scaling == "block128" and self.group_size == -1:
+            fill("group_size", _BLOCK)  # a block is 128 wide
         if self.scale_dtype is None:
             fill("scale_dtype", _default_scale_dtype(self.group_size, self.scaling))
         else:  # torch.bfloat16 and "bf16" are accepted as well
@@ -197,8 +199,8 @@ class Scheme:
             raise ValueError(f"scaling {self.scaling!r} is not supported; it is group or block128")
         if self.scaling == "block128" and not info.name.startswith("fp8"):
             raise ValueError(f"scaling='block128' needs an fp8 format, not {info.name}")
-        if self.scaling == "block128" and self.group_size != -1:
-            raise ValueError(f"scaling='block128' fixes the block; leave group_size at -1, not {self.group_size}")
+        if self.scaling == "block128" and self.group_size != _BLOCK:
+            raise ValueError(f"scaling='block128' means group_size={_BLOCK}, got {self.group_size}")
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}; it is None or one of {', '.join(ACTIVATIONS)}")
 
@@ -264,7 +266,7 @@ class Scheme:
         scaling = by_value["scaling"][fields["scaling"]]
         return cls(
             format=by_value["format"][fields["format"]],
-            group_size=-1 if scaling == "block128" else fields["group_size"],
+            group_size=fields["group_size"],
             zero_kind=by_value["zero_kind"][fields["zero_kind"]],
             scale_dtype=by_value["scale_dtype"][fields["scale_dtype"]],
             scaling=scaling,
@@ -275,7 +277,7 @@ class Scheme:
         if N < 1 or K < 1:
             raise ValueError(f"a weight needs N >= 1 and K >= 1, got N={N}, K={K}")
         limit = -(-K // _GROUP_MULTIPLE) * _GROUP_MULTIPLE
-        if self.group_size > limit:
+        if self.group_size > limit and self.scaling == "group":
             raise ValueError(f"group_size={self.group_size} is larger than K={K}; use at most {limit}, or -1 for all of K")
 
     def bits_per_weight(self, N: int, K: int) -> float:
@@ -291,7 +293,7 @@ class Scheme:
         """Bytes of the canonical tensors of W[N, K] (without perm)."""
         self.check_shape(N, K)
         blocks = self.scaling == "block128"
-        size = _BLOCK if blocks else (K if self.group_size == -1 else self.group_size)
+        size = K if self.group_size == -1 else self.group_size
         scales = -(-K // size) * (-(-N // _BLOCK) if blocks else N)
         scale_bytes = _SCALE_BYTES[str(self.scale_dtype)]
         zero_bytes = {"none": 0, "int": 1}.get(self.zero_kind, scale_bytes)
@@ -347,7 +349,7 @@ class Scheme:
             found["activation"] = _default_activation(info.kind, scaling)
         return cls(
             format=info.name,
-            group_size=found["groups"] if isinstance(found.get("groups"), int) else -1,
+            group_size=-1 if found.get("groups") == "b128" else found.get("groups", -1),
             zero_kind=found.get("zero", "none"),
             scale_dtype=found.get("scale"),
             scaling=scaling,
