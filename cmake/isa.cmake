@@ -1,0 +1,52 @@
+# CPU kernel files carry their instruction set in their name: anything_<isa>.cpp. Each is compiled with the flags
+# of its row and chosen at run time, so one library runs on every CPU of its architecture.
+#
+# A new instruction set is one row here; a new kernel file for a known one changes no CMake.
+
+set(LOWBIT_ISA_portable_arch any)
+set(LOWBIT_ISA_portable_flags "")
+
+set(LOWBIT_ISA_avx2_arch x86_64)
+set(LOWBIT_ISA_avx2_flags -mavx2 -mfma -mf16c)
+
+set(LOWBIT_ISA_avx512_arch x86_64)
+set(LOWBIT_ISA_avx512_flags ${LOWBIT_ISA_avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+
+set(LOWBIT_ISA_avx512vnni_arch x86_64)
+set(LOWBIT_ISA_avx512vnni_flags ${LOWBIT_ISA_avx512_flags} -mavx512vnni)
+
+# The architecture compiled for, as the rows above spell it.
+function(lowbit_target_arch out)
+  string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" arch)
+  if(APPLE AND CMAKE_OSX_ARCHITECTURES)
+    set(arch "${CMAKE_OSX_ARCHITECTURES}")
+    list(LENGTH arch count)
+    if(count GREATER 1)
+      message(FATAL_ERROR "CMAKE_OSX_ARCHITECTURES=${arch}: build one architecture at a time, kernel files have per-architecture flags")
+    endif()
+  endif()
+  if(arch MATCHES "^(x86_64|amd64)$")
+    set(arch x86_64)
+  elseif(arch MATCHES "^(aarch64|arm64)$")
+    set(arch arm64)
+  endif()
+  set(${out} "${arch}" PARENT_SCOPE)
+endfunction()
+
+# lowbit_kernel_sources(OUT file...): keeps the files this architecture can run and sets their flags.
+function(lowbit_kernel_sources out)
+  lowbit_target_arch(arch)
+  set(kept "")
+  foreach(file IN LISTS ARGN)
+    get_filename_component(name "${file}" NAME_WE)
+    string(REGEX REPLACE "^.*_" "" isa "${name}")
+    if(NOT DEFINED LOWBIT_ISA_${isa}_arch)
+      message(FATAL_ERROR "${file}: cmake/isa.cmake has no row for the instruction set '${isa}' that its name ends in")
+    endif()
+    if(LOWBIT_ISA_${isa}_arch STREQUAL "any" OR LOWBIT_ISA_${isa}_arch STREQUAL arch)
+      set_source_files_properties("${file}" PROPERTIES COMPILE_OPTIONS "${LOWBIT_ISA_${isa}_flags}")
+      list(APPEND kept "${file}")
+    endif()
+  endforeach()
+  set(${out} "${kept}" PARENT_SCOPE)
+endfunction()
