@@ -1,0 +1,176 @@
+"""Which kernel serves a problem, and why not a faster one. Nothing here runs a kernel or touches a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, Final, Protocol, runtime_checkable
+
+import torch
+
+from lowbit import _C
+
+__all__ = ["Explanation", "can_implement", "explain", "kernel_table", "set_strict", "strict"]
+
+_STRICT: Final = "LOWBIT_STRICT"
+
+
+@runtime_checkable
+class _HasDesc(Protocol):
+    def desc(self, layout: int = ...) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The answer of `explain`: prints as a table; `rows` holds (kernel, verdict) in the order in which they were asked.
+
+    Attributes:
+        problem: the question, on one line.
+        rows: each kernel of the op on that device; the verdict is "chosen", or why it was not.
+        chosen: the kernel's name; None when no kernel takes the problem.
+        general: whether the chosen one is the general kernel, which takes everything and is the slowest.
+
+    Example:
+        >>> explain("gemm", M=1, N=4096, K=4096, scheme="int4-g128").chosen
+        'gemm_stream_avx512'
+    """
+
+    problem: str
+    rows: tuple[tuple[str, str], ...]
+    chosen: str | None
+    general: bool
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.problem}\n  no kernel of this op is built for the device"
+        width = max(len(name) for name, _ in self.rows)
+        marks = ["->" if name == self.chosen and verdict == "chosen" else "  " for name, verdict in self.rows]
+        lines = [f"{mark} {name:<{width}}  {verdict}" for mark, (name, verdict) in zip(marks, self.rows, strict=True)]
+        return "\n".join([self.problem, *lines])
+
+
+def _as_desc(scheme: Any, device_type: str) -> int:
+    if isinstance(scheme, bool) or not isinstance(scheme, int | str | _HasDesc):
+        raise TypeError(f"scheme must be a Scheme, its string form or a desc, got {type(scheme).__name__}")
+    if isinstance(scheme, int):
+        return scheme
+    if isinstance(scheme, str):
+        from lowbit.scheme import Scheme  # here, so that the ops need nothing of the Python layer
+
+        scheme = Scheme.parse(scheme)
+    return scheme.desc(layout=_C.preferred_layout(device_type, scheme.desc(layout=0)))
+
+
+def _dtype_name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_op(op: str) -> None:
+    known = sorted({row["op"] for row in _C.kernel_table()})
+    if op not in known:
+        raise ValueError(f"unknown op {op!r}; the kernel table has {', '.join(known)}")
+
+
+def explain(
+    op: str = "gemm",
+    *,
+    M: int,
+    N: int,
+    K: int,
+    scheme: Any,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.bfloat16,
+    batch_invariant: bool = False,
+) -> Explanation:
+    """The kernel that serves a problem, and why each faster one refused it.
+
+    Args:
+        op: an op of the kernel table, such as "gemm", "gemm_a8" or "gemm_grad_input".
+        M, N, K: x is [M, K] and W is [N, K].
+        scheme: a Scheme, its string form ("int4-g128"), or a desc. The first two mean the device's preferred layout.
+        device: "cpu", "cuda", ...; "cpu:avx2" answers for that instruction set, whatever this machine has.
+        dtype: of the activations.
+        batch_invariant: as the flag of `gemm`.
+
+    Raises:
+        ValueError: an unknown op, or a problem that cannot exist (N = 0, group_size > K, ...).
+
+    Example:
+        >>> print(explain("gemm", M=1, N=4096, K=4096, scheme="int4-g128"))
+    """
+    _check_op(op)
+    where = str(device)
+    desc = _as_desc(scheme, where.partition(":")[0])
+    flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
+    rows = _C.explain(op, where, M, N, K, desc, _dtype_name(dtype), flags)
+    chosen = next((name for name, reason in rows if not reason), None)
+    general = any(row["general"] for row in _C.kernel_table() if row["op"] == op and row["name"] == chosen)
+    said = scheme if isinstance(scheme, str) else f"desc {desc:#x}" if isinstance(scheme, int) else str(scheme)
+    return Explanation(
+        problem=f"{op} M={M} N={N} K={K} {said} {_dtype_name(dtype)} on {where}"
+        + (" batch_invariant" if batch_invariant else ""),
+        rows=tuple((name, reason or "chosen") for name, reason in rows),
+        chosen=chosen,
+        general=general,
+    )
+
+
+def can_implement(
+    op: str = "gemm",
+    *,
+    M: int,
+    N: int,
+    K: int,
+    scheme: Any,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.bfloat16,
+    batch_invariant: bool = False,
+    strict: bool = False,
+) -> bool:
+    """Whether a kernel serves the problem; with `strict`, whether one other than the general kernel does.
+
+    Arguments are those of `explain`. A problem that cannot exist (group_size > K, ...) is answered with False.
+
+    Raises:
+        ValueError: an unknown op.
+
+    Example:
+        >>> can_implement("gemm", M=16, N=4096, K=4096, scheme="int4-g128", strict=True)
+        True
+    """
+    _check_op(op)
+    try:
+        answer = explain(op, M=M, N=N, K=K, scheme=scheme, device=device, dtype=dtype, batch_invariant=batch_invariant)
+    except ValueError:
+        return False
+    return answer.chosen is not None and not (strict and answer.general)
+
+
+def kernel_table() -> list[dict[str, Any]]:
+    """Every kernel that was built: one dict each, with backend, op, name, isa, general and takes.
+
+    Dispatch, the tests, the benches and the support matrix in the docs read this one table.
+
+    Example:
+        >>> [row["name"] for row in kernel_table() if row["op"] == "gemm"]
+    """
+    return _C.kernel_table()
+
+
+def set_strict(on: bool = True) -> None:
+    """Make the pick of a general kernel an error in this process, as LOWBIT_STRICT=1 in the environment does.
+
+    For tests and benches of an engine: a problem that falls off the fast kernels then fails, with the reasons that
+    `explain` gives, instead of running slowly.
+
+    Example:
+        >>> set_strict()
+        >>> set_strict(False)
+    """
+    # The ops ask the process's environment on every call, so that one switch serves both ways of setting it.
+    os.environ[_STRICT] = "1" if on else "0"
+
+
+def strict() -> bool:
+    """Whether `set_strict` or LOWBIT_STRICT is in force."""
+    return os.environ.get(_STRICT, "0") not in ("", "0")
