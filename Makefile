@@ -1,0 +1,114 @@
+# Two commands for a newcomer, each from a fresh clone:   make demo   make test
+#
+# They share one virtual environment. Each step leaves a stamp in it, so the second run starts at once and a step
+# runs again when what it depends on changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# A fixed version, because a bare "torch" may fetch gigabytes of CUDA libraries. Anything from 2.11 on will do:
+#   make test TORCH='torch>=2.11,<3'
+TORCH  ?= torch==2.13.0
+# More arguments for pytest:   make test ARGS='-k gemm -x'
+ARGS   ?=
+
+SHELL  := /bin/bash
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.lowbit
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench build wheel clean FORCE
+
+help:
+	@echo "make demo      quantize a real text encoder and run it: size, speed and accuracy"
+	@echo "make test      the tests"
+	@echo "make test-all  the tests, the slow ones included"
+	@echo "make bench     the benchmarks"
+	@echo "make lint      ruff, mypy and clang-format;  make format applies what can be applied"
+	@echo "make build     environment and lowbit in editable form;  again after a C++ change"
+	@echo "make wheel     dist/: a source distribution, and a wheel built from it"
+	@echo "make clean     removes the environment and everything built"
+	@echo
+	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH='$(TORCH)'  ARGS=(pytest's)"
+
+demo: build $(STAMPS)/demo
+	$(BIN)/python examples/demo_minilm.py
+
+test: build
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: build
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build $(STAMPS)/bench
+	$(BIN)/python -m pytest bench $(ARGS)
+
+lint: build $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(STAMPS)/package
+
+# From the source distribution, so that a file missing in it is noticed here.
+wheel: build
+	rm -rf dist
+	$(BIN)/python -c "import scikit_build_core.build as backend; backend.build_sdist('dist')"
+	$(PIP) wheel --no-deps --no-build-isolation -w dist dist/lowbit-*.tar.gz
+	@ls -l dist
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- the environment, step by step -----------------------------------------------------------------------------------
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "lowbit needs Python 3.10 or later; there is no '$(PYTHON)' here. Try: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "lowbit needs Python 3.10 or later and $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	@echo "==> 1/4 virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+# PyTorch first and by itself: the build uses the one that is installed. The stamp holds its specification.
+$(STAMPS)/torch: $(STAMPS)/venv $(if $(filter-out $(shell cat $(STAMPS)/torch 2>/dev/null),$(TORCH)),FORCE)
+	@echo "==> 2/4 $(TORCH)"
+	$(PIP) install "$(TORCH)"
+	@echo "$(TORCH)" > $@
+
+$(STAMPS)/tools: $(STAMPS)/torch
+	@echo "==> 3/4 build tools"
+	$(PIP) install "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.21" "ninja>=1.11"
+	@touch $@
+
+# pip hides a build's output unless it is verbose, and verbose says too much: keep the compiler's lines, and all of
+# it in a log for the day that it fails.
+PROGRESS := ^ *\[[0-9]+/[0-9]+\]|warning:|error:|CMake Error|^ERROR|^Successfully|^Collecting|^Downloading
+$(STAMPS)/package: $(STAMPS)/tools $(SOURCES)
+	@echo "==> 4/4 lowbit"
+	@set -o pipefail; $(PIP) install -v --no-build-isolation -e ".[test]" 2>&1 | tee $(STAMPS)/package.log \
+	  | grep --line-buffered -E '$(PROGRESS)' || { tail -n 60 $(STAMPS)/package.log; exit 1; }
+	@touch $@
+
+# lowbit itself is there already: these two bring what the extra names.
+$(STAMPS)/dev: $(STAMPS)/package
+	$(PIP) install "lowbit[dev]"
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/package
+	$(PIP) install "lowbit[bench]"
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/venv examples/requirements-demo.txt
+	$(PIP) install --no-deps -r examples/requirements-demo.txt
+	@touch $@
+
+FORCE:
