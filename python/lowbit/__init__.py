@@ -1,0 +1,41 @@
+"""lowbit: packed low-bit weights for PyTorch.
+
+    model = lowbit.quantize_(model, "int4-g128")            # in place; returns a report
+    lowbit.save_quantized(model, "folder")
+    model = lowbit.load_quantized(make_model, "folder")
+
+Importing it registers `torch.ops.lowbit.*`. It does not touch CUDA, download or compile anything.
+"""
+
+try:
+    import torch as _torch  # noqa: F401 - the compiled part needs its libraries loaded
+except ModuleNotFoundError as _error:
+    if _error.name != "torch":
+        raise
+    raise ModuleNotFoundError("lowbit needs PyTorch 2.11 or later: pip install torch", name="torch") from None
+
+from lowbit import _C, ops
+from lowbit._selection import can_implement, explain
+from lowbit.convert import quantize_
+from lowbit.errors import ArtifactError, FormatError
+from lowbit.linear import QuantizedLinear
+from lowbit.scheme import Scheme
+from lowbit.serialize import load_quantized, save_quantized
+from lowbit.weight import QuantizedWeight
+
+__all__ = [
+    "ArtifactError",
+    "FormatError",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "Scheme",
+    "__version__",
+    "can_implement",
+    "explain",
+    "load_quantized",
+    "ops",
+    "quantize_",
+    "save_quantized",
+]
+
+__version__: str = _C.build_info()["version"]

@@ -1,0 +1,301 @@
+"""quantize_: replace the nn.Linear layers of a model by QuantizedLinear, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowbit._progress import progress_bar
+from lowbit.linear import QuantizedLinear
+from lowbit.report import LayerReport, QuantizeReport, SkippedParameter
+from lowbit.scheme import Scheme
+from lowbit.weight import QuantizedWeight, check_dense, check_importance
+
+__all__ = ["quantize_", "replace_module"]
+
+# A parameter of this size left unquantized is worth a line in the report.
+_WORTH_REPORTING = 1_000_000
+# Output layers by the names that model families give them. Their error goes straight into the logits.
+_OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "output_projection"})
+_ERROR_CHUNK = 1 << 22
+
+Filter = Callable[[str, nn.Linear], bool]
+
+
+@dataclasses.dataclass
+class _Plan:
+    schemes: dict[str, Scheme] = dataclasses.field(default_factory=dict)  # path -> what it becomes
+    reasons: dict[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)  # path -> why not, chosen
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: Scheme | str,
+    *,
+    filter_fn: Filter | None = None,
+    overrides: Mapping[str, Scheme | str | None] | None = None,
+    strict: bool = False,
+    progress: bool | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+) -> QuantizeReport:
+    """Quantize the linear layers of a model in place.
+
+    Every nn.Linear becomes a `QuantizedLinear`, but for: output layers (called lm_head, embed_out, or returned by
+    get_output_embeddings()), layers whose weight is tied to another module's, subclasses of nn.Linear, and what
+    `filter_fn` or `overrides` exclude. Everything is checked before the first layer is changed. Dense weights are
+    freed one by one, so the peak is about one layer above the model.
+
+    Args:
+        model: its linear weights are fp32, bf16 or fp16. If it is itself an nn.Linear, put it into a module first.
+        scheme: for every layer that no override names.
+        filter_fn: `filter_fn(name, linear)` returns whether to quantize a layer; asked where no override matches.
+        overrides: pattern -> Scheme, string, or None to leave alone; the first pattern that matches a name decides.
+            Patterns are shell globs ("*.down_proj") or, after "re:", regular expressions, for the whole name. An
+            override with a scheme also quantizes output layers.
+        strict: raise if a Parameter of 1 MB or more would be left unquantized without an override or filter_fn
+            having asked for it.
+        progress: show a progress bar; by default on a terminal, when the work is long.
+        importance: layer name -> [K], the weight of each column's squared error in the search for scales.
+
+    Returns:
+        A report: per layer the format, bytes before and after, and error; and what was not quantized, with reasons.
+
+    Raises:
+        ValueError: an override matches nothing, a scheme does not fit a layer's shape, a weight holds NaN or is on the
+            meta device, or `strict` found something; the message names the layers. The model is unchanged.
+
+    Example:
+        >>> report = lowbit.quantize_(model, "int4-g128", overrides={"*.down_proj": "int6-g64", "head": None})
+        >>> print(report)
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError("the model is an nn.Linear, which cannot be replaced in place: use QuantizedLinear.from_linear")
+    plan = _plan(model, Scheme.parse(scheme), filter_fn, dict(overrides or {}))
+    modules = dict(model.named_modules())
+    columns = _check(plan, modules, importance or {})
+    skipped = _skipped(model, plan)
+    if strict and (surprises := [s for s in skipped if not s.chosen]):
+        listing = "; ".join(f"{s.name} ({s.nbytes} bytes): {s.reason}" for s in surprises)
+        raise ValueError(f"strict: these would be left unquantized: {listing}")
+    paths = _paths(model)
+    before = _nbytes(model)
+    reports = []
+    total = sum(_linear(modules[name]).weight.nbytes for name in plan.schemes)
+    with progress_bar("quantizing", total, progress) as advance:
+        for name, layer_scheme in plan.schemes.items():
+            linear = _linear(modules.pop(name))
+            new, report = _convert(name, linear, layer_scheme, columns.get(name))
+            for path in paths[id(linear)]:
+                replace_module(model, path, new)
+            reports.append(report)
+            advance(name, report.bytes_before)
+            del linear  # the last reference: the dense weight is freed before the next layer
+    return QuantizeReport(tuple(reports), tuple(skipped), before, _nbytes(model))
+
+
+# -- planning --------------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    model: nn.Module, scheme: Scheme, filter_fn: Filter | None, overrides: dict[str, Scheme | str | None]
+) -> _Plan:
+    chosen = {p: None if s is None else Scheme.parse(s) for p, s in overrides.items()}
+    matchers = {pattern: _matcher(pattern) for pattern in chosen}
+    owned = {name: m for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    _check_overrides(chosen, matchers, owned)
+    tied = _tied(model)
+    outputs = _output_layers(model)
+    plan = _Plan()
+    for name, module in owned.items():
+        pattern = next((p for p, match in matchers.items() if match(name)), None)
+        if pattern is not None and chosen[pattern] is None:
+            plan.reasons[name] = (f"override {pattern!r} is None", True)
+        elif reason := _unsuited(name, module, tied):
+            if pattern is not None and pattern == name:
+                raise ValueError(f"override {pattern!r} asks for {chosen[pattern]}, but {name}: {reason}")
+            plan.reasons[name] = (reason, False)
+        elif pattern is not None:
+            plan.schemes[name] = chosen[pattern] or scheme
+        elif id(module) in outputs or name.rpartition(".")[2] in _OUTPUT_LAYERS:
+            plan.reasons[name] = ("an output layer; name it in overrides to quantize it", False)
+        elif filter_fn is not None and not filter_fn(name, _linear(module)):
+            plan.reasons[name] = ("filter_fn returned False", True)
+        else:
+            plan.schemes[name] = scheme
+    return plan
+
+
+def _matcher(pattern: str) -> Callable[[str], object]:
+    if not isinstance(pattern, str):
+        raise TypeError(f"an override's pattern is a string, got {pattern!r}")
+    if not pattern.startswith("re:"):
+        return re.compile(fnmatch.translate(pattern)).match
+    try:
+        return re.compile(pattern[3:]).fullmatch
+    except re.error as error:
+        raise ValueError(f"override {pattern!r} is not a regular expression: {error}") from None
+
+
+def _check_overrides(
+    chosen: Mapping[str, Scheme | None], matchers: Mapping[str, Callable[[str], object]], owned: Mapping[str, nn.Module]
+) -> None:
+    for pattern, match in matchers.items():
+        found = [name for name in owned if match(name)]
+        # A scheme is for linear layers; None may name anything that holds parameters.
+        if chosen[pattern] is not None:
+            found = [name for name in found if isinstance(owned[name], nn.Linear)] or (
+                [pattern] if pattern in owned else []  # named exactly: the planner says why it cannot be done
+            )
+        if not found:
+            some = [name for name, m in owned.items() if isinstance(m, nn.Linear)][:4]
+            raise ValueError(f"override {pattern!r} matches no layer; layers are called, for example, {', '.join(some)}")
+
+
+def _unsuited(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> str | None:
+    if isinstance(module, QuantizedLinear):
+        return "already quantized"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "an embedding"
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} is not nn.Linear"
+    if type(module) is not nn.Linear:
+        # A subclass may use its weight in its own way; MultiheadAttention hands out_proj.weight to a fused kernel.
+        return f"{type(module).__name__} is a subclass of nn.Linear"
+    others = [other for other in tied[id(module.weight)] if other != f"{name}.weight"]
+    return f"tied to {', '.join(others)}" if others else None
+
+
+def _tied(model: nn.Module) -> dict[int, list[str]]:
+    """Names under which each Parameter is reached through different modules."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():  # each module once: one module at two paths is not a tie
+        for name, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def _output_layers(model: nn.Module) -> set[int]:
+    found = set()
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        if callable(get):
+            try:
+                found.add(id(get()))
+            except (AttributeError, NotImplementedError):  # base classes define it and raise
+                continue
+    return found
+
+
+def _check(
+    plan: _Plan, modules: Mapping[str, nn.Module], importance: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Every layer against its scheme, before any is touched; returns importance by layer, checked."""
+    if unknown := sorted(importance.keys() - plan.schemes.keys()):
+        raise ValueError(f"importance names {', '.join(unknown[:5])}, which will not be quantized")
+    columns = {}
+    for name, scheme in plan.schemes.items():
+        linear = _linear(modules[name])
+        try:
+            if scheme.activation_static:
+                raise ValueError(f"scheme {scheme} needs calibrated input scales: use QuantizedLinear.from_weight")
+            check_dense(linear.weight, scheme)
+            if name in importance:
+                columns[name] = check_importance(importance[name], linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return columns
+
+
+def _skipped(model: nn.Module, plan: _Plan) -> list[SkippedParameter]:
+    found = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            quantized = path in plan.schemes and name == "weight"
+            done = isinstance(module, QuantizedLinear) and name == "weight"
+            if quantized or done or parameter.nbytes < _WORTH_REPORTING or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            reason, chosen = plan.reasons.get(path, ("not the weight of a linear layer", False))
+            full = f"{path}.{name}" if path else name
+            found.append(SkippedParameter(full, parameter.nbytes, reason, chosen))
+    return found
+
+
+# -- doing -----------------------------------------------------------------------------------------------------------------
+
+
+def _convert(
+    name: str, linear: nn.Linear, scheme: Scheme, importance: Tensor | None
+) -> tuple[QuantizedLinear, LayerReport]:
+    weight = linear.weight.detach()
+    quantized = QuantizedWeight.quantize(weight, scheme, importance)
+    error = _relative_error(weight, quantized)
+    new = QuantizedLinear.from_weight(quantized, linear.bias)
+    new.train(linear.training)
+    for hooks in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    ):  # the caller's hooks watch the place in the model, not the object
+        getattr(new, hooks).update(getattr(linear, hooks))
+    shape = (linear.out_features, linear.in_features)
+    return new, LayerReport(name, str(scheme), shape, weight.nbytes, new.weight.nbytes, error)
+
+
+def _relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """||W - W'|| / ||W||, some rows at a time, so that no second dense weight is made."""
+    rows = max(128, _ERROR_CHUNK // quantized.K // 128 * 128)  # multiples of a block
+    noise = signal = 0.0
+    for begin, part in _row_slices(quantized, rows):
+        dense = weight[begin : begin + part.N].float()
+        signal += float(dense.square().sum(dtype=torch.float64))
+        noise += float((dense - part.dequantize()).square().sum(dtype=torch.float64))
+    if signal == 0:
+        return 0.0 if noise == 0 else math.inf
+    return math.sqrt(noise / signal)
+
+
+def _row_slices(w: QuantizedWeight, rows: int) -> Iterator[tuple[int, QuantizedWeight]]:
+    step = 128 if w.scheme.scaling == "block128" else 1
+    for begin in range(0, w.N, rows):
+        end = min(begin + rows, w.N)
+        groups = slice(begin // step, -(-end // step))
+        zeros = None if w.zeros is None else w.zeros[groups]
+        packed, scales = w.packed[begin:end], w.scales[groups]
+        yield begin, QuantizedWeight(w.scheme, (end - begin, w.K), packed, scales, zeros, w.perm)
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` at `path`, which must exist."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # In eval mode it hands the dense weights of its layers to one fused kernel. Zero means "an activation that this
+        # kernel does not know", so that forward takes the ordinary path.
+        parent.activation_relu_or_gelu = 0
+    parent._modules[name] = new
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _paths(model: nn.Module) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(path)
+    return found
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum(t.nbytes for tensors in (model.parameters(), model.buffers()) for t in tensors)

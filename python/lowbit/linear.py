@@ -1,0 +1,433 @@
+"""QuantizedLinear: nn.Linear over a packed weight.
+
+What state_dict holds, whatever the layout of the weight in memory (prefix left out):
+
+    weight_packed, weight_scales, weight_zeros or weight_offsets, weight_perm      the canonical tensors
+    weight_scheme                           uint8, the scheme's string: a state_dict of another scheme is refused
+    bias                                    as in nn.Linear
+    input_scale, input_zero                 of schemes with static activations: fp32 [1], int32 [1]
+    input_pre_scale                         fp32 [K]: x is multiplied by it before it is quantized
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import _C, ops
+from lowbit.scheme import Scheme, format_info
+from lowbit.weight import QuantizedWeight, canonical_tensors, preferred_layout
+
+__all__ = ["QuantizedLinear"]
+
+_gemm = torch.ops.lowbit.gemm.default
+_linear = torch.ops.lowbit.linear.default
+_CANONICAL: Final = 0
+_WEIGHT_PARTS: Final = ("packed", "scales", "zeros", "offsets", "perm")
+_INPUTS: Final = ("input_scale", "input_zero", "input_pre_scale")
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class QuantizedLinear(nn.Module):
+    """y = x @ W.T + bias, with W[N, K] packed and frozen.
+
+    `weight` is one uint8 Parameter that holds codes, scales, zeros and perm in the order that this device's kernels read
+    them, which `layout` names. There is no second copy. A module made with this constructor is empty: fill it with
+    `load_state_dict`. One made with `from_linear` or `from_weight` is ready.
+
+    `.to(device)` repacks where the other device reads another layout; `.half()`, `.bfloat16()` and `.float()` change
+    the bias only. Bytes moved by offloading (`weight` replaced by a meta tensor and put back) keep their layout.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is one.
+        scheme: a Scheme or its string, such as "int4-g128".
+        device: where to make the (uninitialised) tensors; "meta" makes none.
+        dtype: of the bias.
+        has_perm: the weight has a column permutation.
+        batch_invariant: a row of y has the same bits whatever other rows x has; the cost is in the docs.
+
+    Attributes:
+        weight, bias: Parameters; neither requires grad, though the bias may be made to.
+        layout: value of the layout enum; 0 (canonical) until the module is prepared.
+
+    Example:
+        >>> layer = QuantizedLinear.from_linear(nn.Linear(256, 64), "int4-g128")
+        >>> layer(torch.randn(8, 256)).shape
+        torch.Size([8, 64])
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    input_scale: nn.Parameter | None
+    input_zero: nn.Parameter | None
+    input_pre_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: Scheme | str = "int4-g128",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        has_perm: bool = False,
+        batch_invariant: bool = False,
+    ) -> None:
+        super().__init__()
+        self.scheme = Scheme.parse(scheme)
+        self.scheme.check_shape(out_features, in_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.has_perm = has_perm
+        self.flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
+        self._empty_weight(torch.empty(0, device=device).device)  # follows `with torch.device(...)` too
+        self.bias = _frozen(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        for name in _INPUTS:
+            self.register_parameter(name, None)
+        if self.scheme.activation_static:
+            self.input_scale = _frozen(torch.ones(1, device=device, dtype=torch.float32))
+            if not self.scheme.activation_symmetric:
+                self.input_zero = _frozen(torch.zeros(1, device=device, dtype=torch.int32))
+        # Read on every call, so kept as plain numbers.
+        self._a8 = None if self.scheme.activation_format is None else format_info(self.scheme.activation_format).id
+
+    # -- making one -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme | str,
+        *,
+        importance: Tensor | None = None,
+        batch_invariant: bool = False,
+    ) -> QuantizedLinear:
+        """Quantize an nn.Linear; its bias is shared, not copied.
+
+        Args:
+            linear: its weight [N, K] is fp32, bf16 or fp16.
+            scheme: a Scheme or its string.
+            importance: optional [K], for the search (see `QuantizedWeight.quantize`).
+
+        Raises:
+            ValueError: as `QuantizedWeight.quantize`.
+
+        Example:
+            >>> QuantizedLinear.from_linear(nn.Linear(256, 64), "int8").layout != 0
+            True
+        """
+        weight = QuantizedWeight.quantize(linear.weight, scheme, importance)
+        made = cls.from_weight(weight, linear.bias, batch_invariant=batch_invariant)
+        return made.train(linear.training)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        input_scale: Tensor | None = None,
+        input_zero: Tensor | None = None,
+        input_pre_scale: Tensor | None = None,
+        batch_invariant: bool = False,
+    ) -> QuantizedLinear:
+        """A prepared module over a canonical weight.
+
+        Args:
+            weight: [N, K].
+            bias: [N], a floating-point dtype.
+            input_scale, input_zero: fp32 [1] and int32 [1]; schemes with static activations need them.
+            input_pre_scale: fp32 [K], for schemes with activations: the weight was divided by it.
+
+        Raises:
+            ValueError: a tensor is missing, has another shape, or does not go with the scheme.
+
+        Example:
+            >>> QuantizedLinear.from_weight(QuantizedWeight.load("q_proj.safetensors"))
+            QuantizedLinear(in_features=256, out_features=64, bias=False, scheme='int4-g128', layout=cpu_tile16)
+        """
+        made = cls(
+            weight.K, weight.N, bias is not None, weight.scheme,
+            device="meta", has_perm=weight.perm is not None, batch_invariant=batch_invariant,
+        )  # fmt: skip
+        given = {"input_scale": input_scale, "input_zero": input_zero, "input_pre_scale": input_pre_scale}
+        found = made._check_inputs({name: t for name, t in given.items() if t is not None})
+        if bias is not None:
+            _check_bias(bias, weight.N)
+            made.bias = _frozen(bias.detach())
+        made._set_weight(weight, weight.device)
+        for name, tensor in found.items():
+            setattr(made, name, _frozen(tensor.to(weight.device)))
+        return made
+
+    def _check_inputs(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The activation tensors in their dtypes; ValueError unless they are the ones that the scheme asks for."""
+        shapes = {"input_scale": (1,), "input_zero": (1,), "input_pre_scale": (self.in_features,)}
+        needed = {name for name in ("input_scale", "input_zero") if getattr(self, name) is not None}
+        allowed = needed | ({"input_pre_scale"} if self.scheme.activation else set())
+        if missing := sorted(needed - given.keys()):
+            raise ValueError(f"scheme {self.scheme} has static activations and needs {' and '.join(missing)}")
+        if extra := sorted(given.keys() - allowed):
+            raise ValueError(f"{extra[0]} does not go with scheme {self.scheme}")
+        found = {}
+        for name, tensor in given.items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{name} must be {list(shapes[name])}, got {list(tensor.shape)}")
+            if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} has values that are not finite")
+            found[name] = tensor.detach().to(torch.int32 if name == "input_zero" else torch.float32)
+        return found
+
+    # -- the weight in memory -------------------------------------------------------------------------------------------
+
+    def _set_layout(self, layout: int) -> None:
+        self.layout = layout
+        self._desc = self.scheme.desc(layout, self.has_perm)
+
+    def _empty_weight(self, device: torch.device) -> None:
+        self._set_layout(_CANONICAL)
+        self._filled = False
+        size = _C.packed_size(self.out_features, self.in_features, self._desc)
+        self.weight = _frozen(torch.empty(size, dtype=torch.uint8, device=device))
+
+    def _set_weight(self, weight: QuantizedWeight, device: torch.device) -> None:
+        if weight.packed.is_meta:
+            self.has_perm = weight.perm is not None
+            self._empty_weight(weight.device)
+            return
+        layout = preferred_layout(device, weight.scheme, weight.perm is not None)
+        packed = weight.pack(layout, device)
+        self.has_perm = weight.perm is not None
+        self._set_layout(layout)
+        self._filled = True
+        self.weight = _frozen(packed)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight in canonical form (a copy).
+
+        Example:
+            >>> layer.quantized_weight().dequantize(torch.bfloat16)  # W [N, K]
+        """
+        shape = (self.out_features, self.in_features)
+        if self.weight.is_meta:
+            tensors = canonical_tensors(self.scheme, *shape, has_perm=self.has_perm)
+            made = {name: torch.empty(s, dtype=d, device="meta") for name, (d, s) in tensors.items()}
+            return QuantizedWeight.from_tensors(made, self.scheme, shape)
+        return QuantizedWeight.unpack(self.weight.detach(), self.scheme, shape, self.layout, self.has_perm)
+
+    def prepare(self) -> QuantizedLinear:
+        """Bring the weight into the layout that kernels of its device read; nothing happens when it is in it already.
+
+        Called by `quantize_`, by loading and by `.to()`; call it yourself after moving bytes between kinds of devices.
+
+        Raises:
+            RuntimeError: there is no weight yet (a fresh module, or one on the meta device).
+        """
+        if self.weight.is_meta or not self._filled:
+            where = "is on the meta device" if self.weight.is_meta else "was never loaded"
+            raise RuntimeError(f"prepare(): the weight {where}; call load_state_dict first")
+        device = self.weight.device
+        if self.layout != preferred_layout(device, self.scheme, self.has_perm):
+            home = self.quantized_weight() if device.type == "cpu" else self._unpack_on_cpu()
+            self._set_weight(home, device)
+        return self
+
+    def _unpack_on_cpu(self) -> QuantizedWeight:
+        # The bytes may be in the layout of a device they were moved away from, which only that one and the CPU unpack.
+        shape = (self.out_features, self.in_features)
+        return QuantizedWeight.unpack(self.weight.detach().cpu(), self.scheme, shape, self.layout, self.has_perm)
+
+    # -- forward --------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y[..., N] = x[..., K] @ W.T + bias, in x's dtype (under autocast, in its dtype).
+
+        Raises:
+            RuntimeError: the module has not been prepared, or x does not fit; the message holds the values.
+        """
+        if self.layout == _CANONICAL:
+            raise RuntimeError(f"the weight of {self._label()} is not prepared: call prepare() (or load a state_dict)")
+        # Straight from the dict: nn.Module.__getattr__ costs a good part of a microsecond per tensor.
+        parameters = self._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if self._a8 is not None:
+            args = (x, weight, bias, *(parameters[name] for name in _INPUTS), self)
+            return _A8Linear.apply(*args) if grad else _forward_a8(*args)  # type: ignore[no-any-return, no-untyped-call]
+        op = _linear if grad else _gemm
+        return op(x, weight, bias, self.out_features, self.in_features, self._desc, self.flags)
+
+    def _label(self) -> str:
+        return f"QuantizedLinear({self.in_features}, {self.out_features}, scheme={str(self.scheme)!r})"
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        layout = next(name for name, value in _C.enums()["layout"].items() if value == self.layout)
+        state = f"layout={layout}" if self.layout != _CANONICAL else "not prepared"
+        bias = self.bias is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
+            f"scheme={str(self.scheme)!r}, {state}"
+        )
+
+    # -- moving ---------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        was_meta, before = self.weight.is_meta, self.weight.device
+        keep = {id(p) for name, p in self._parameters.items() if p is not None and name != "bias"}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in keep and moved.dtype != tensor.dtype:  # .half(), .type(): bytes and scales stay
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.weight.is_meta:
+            self._empty_weight(self.weight.device)  # to_empty(): the bytes mean nothing
+        elif self._filled and not self.weight.is_meta and self.weight.device.type != before.type:
+            self.prepare()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantizedLinear:
+        """Let the bias require grad, or not; the weight is frozen either way."""
+        if self.bias is not None:
+            self.bias.requires_grad_(requires_grad)
+        return self
+
+    # -- state_dict -------------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, tensor in self.quantized_weight().tensors().items():
+            destination[f"{prefix}weight_{name}"] = tensor
+        text = str(self.scheme).encode()
+        destination[prefix + "weight_scheme"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+        for name in ("bias", *_INPUTS):
+            if (parameter := self._parameters[name]) is not None:
+                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        mine = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        known = {f"weight_{part}" for part in _WEIGHT_PARTS} | {"weight_scheme", "bias", *_INPUTS}
+        if strict:
+            unexpected_keys += [prefix + n for n in mine if n not in known and n.split(".")[0] not in self._modules]
+        wanted = [f"weight_{part}" for part in canonical_tensors(self.scheme, self.out_features, self.in_features)]
+        wanted += [name for name in ("bias", *_INPUTS[:2]) if self._parameters[name] is not None]
+        missing_keys += [prefix + name for name in wanted if name not in mine]
+        present = {name: tensor for name, tensor in mine.items() if name in known}
+        if not present:
+            return
+        try:
+            self._load(present, bool(local_metadata.get("assign_to_params_buffers", False)))
+        except (ValueError, RuntimeError) as error:
+            error_msgs.append(f"{prefix or 'the module'}: {error}")
+
+    def _load(self, tensors: dict[str, Tensor], assign: bool) -> None:
+        """Everything is checked before anything changes; the missing is left as it is."""
+        parts = {name[len("weight_") :]: t for name, t in tensors.items() if name.startswith("weight_")}
+        stated = parts.pop("scheme", None)
+        if stated is not None and not stated.is_meta:
+            text = bytes(stated.tolist()).decode(errors="replace")
+            if not Scheme.parse(text).same_storage(self.scheme):
+                raise ValueError(f"the state_dict holds a weight of scheme {text}, the module is {self.scheme}")
+        weight = None
+        if parts:
+            weight = QuantizedWeight.from_tensors(parts, self.scheme, (self.out_features, self.in_features))
+        inputs = {name: tensors[name] for name in _INPUTS if name in tensors}
+        for name in ("input_scale", "input_zero"):  # what is absent keeps its value
+            if (old := self._parameters[name]) is not None:
+                inputs.setdefault(name, old)
+        inputs = self._check_inputs(inputs)
+        bias = tensors.get("bias")
+        if bias is not None:
+            if self.bias is None:
+                raise ValueError("the state_dict holds a bias, the module has none")
+            _check_bias(bias, self.out_features)
+        if self.weight.is_meta and not assign:
+            raise ValueError("the module is on the meta device: pass assign=True, or call to_empty() first")
+        if weight is not None:
+            self._set_weight(weight, weight.device if assign else self.weight.device)
+        for name, tensor in inputs.items():
+            setattr(self, name, _frozen(tensor.to(self.weight.device)))
+        if bias is not None and self.bias is not None:
+            if assign:
+                self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)
+            else:
+                with torch.no_grad():
+                    self.bias.copy_(bias)
+
+
+def _check_bias(bias: Tensor, N: int) -> None:
+    if tuple(bias.shape) != (N,) or not bias.is_floating_point():
+        raise ValueError(f"bias must be floating point [N={N}], got {bias.dtype} {list(bias.shape)}")
+
+
+def _forward_a8(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero: Tensor | None,
+    pre_scale: Tensor | None,
+    module: QuantizedLinear,
+) -> Tensor:
+    scheme = module.scheme
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)  # as autocast casts the input of the unquantized layer
+    group, symmetric = scheme.activation_group_size, scheme.activation_symmetric
+    assert module._a8 is not None
+    xq, x_scales, x_zeros = ops.quantize_activation(
+        x, module._a8, group, input_scale, input_zero, pre_scale, symmetric
+    )
+    if bias is not None and bias.dtype != dtype and bias.dtype != torch.float32:
+        bias = bias.to(dtype)
+    N, K = module.out_features, module.in_features
+    return ops.gemm_a8(xq, x_scales, x_zeros, weight, bias, N, K, module._desc, module.flags, dtype)
+
+
+class _A8Linear(torch.autograd.Function):
+    """The 8-bit product with the gradient of the same layer without rounding of x (straight-through)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        *inputs, module = rest
+        ctx.save_for_backward(weight, inputs[2])
+        ctx.module = module
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        return _forward_a8(x.detach(), weight, None if bias is None else bias.detach(), *inputs, module)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        weight, pre_scale = ctx.saved_tensors
+        module = ctx.module
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            N, K = module.out_features, module.in_features
+            dx = torch.ops.lowbit.gemm_grad_input.default(dy, weight, N, K, module._desc, module.flags)
+            dx = (dx if pre_scale is None else dx * pre_scale).to(ctx.x_dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, None, dbias, None, None, None, None
