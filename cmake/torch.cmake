@@ -41,24 +41,31 @@ function(lowbit_find_torch)
     _lowbit_ask_python(dir)
   endif()
   if(NOT dir)
-    message(FATAL_ERROR
-      "lowbit builds against an installed PyTorch and ${Python_EXECUTABLE} has none. Run: pip install 'torch>=${LOWBIT_TORCH_MINIMUM}' "
-      "(then, with uv or `python -m build`, build with --no-build-isolation, or set LOWBIT_TORCH_DIR to torch's folder)")
+    lowbit_stop(
+      "lowbit builds against an installed PyTorch and found none. Run: pip install 'torch>=${LOWBIT_TORCH_MINIMUM}'"
+      "(asked ${Python_EXECUTABLE}. uv and `python -m build` hide an installed one: use --no-build-isolation, or set LOWBIT_TORCH_DIR)")
   endif()
+
+  set(given "${LOWBIT_TORCH_DIR}")
+  unset(LOWBIT_TORCH_DIR CACHE)  # a folder that fails one of these checks is not remembered for the next run
   if(NOT EXISTS "${dir}/version.py")
-    message(FATAL_ERROR "LOWBIT_TORCH_DIR=${dir} is not an installed torch: it has no version.py")
+    lowbit_stop("LOWBIT_TORCH_DIR=${dir} is not an installed torch: it has no version.py")
   endif()
 
   file(STRINGS "${dir}/version.py" line REGEX "^__version__ *=" LIMIT_COUNT 1)
   string(REGEX MATCH "[0-9]+\\.[0-9]+(\\.[0-9]+)?" version "${line}")
   if(version VERSION_LESS LOWBIT_TORCH_MINIMUM)
-    message(FATAL_ERROR
+    lowbit_stop(
       "lowbit needs torch >= ${LOWBIT_TORCH_MINIMUM} and found ${version} in ${dir}. Run: pip install --upgrade 'torch>=${LOWBIT_TORCH_MINIMUM}'")
   endif()
   find_library(library NAMES torch_cpu PATHS "${dir}/lib" NO_DEFAULT_PATH NO_CACHE)
   if(NOT library OR NOT EXISTS "${dir}/include/torch/csrc/stable/library.h")
-    message(FATAL_ERROR
+    lowbit_stop(
       "the torch in ${dir} lacks lib/libtorch_cpu or include/torch/csrc/stable. Run: pip install --force-reinstall 'torch>=${LOWBIT_TORCH_MINIMUM}'")
+  endif()
+
+  if(given)
+    set(LOWBIT_TORCH_DIR "${given}" CACHE PATH "torch's folder; empty: ask Python")
   endif()
 
   add_library(lowbit::torch SHARED IMPORTED)
