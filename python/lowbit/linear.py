@@ -89,9 +89,10 @@ class QuantizedLinear(nn.Module):
         self.has_perm = has_perm
         self.flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
         self._empty_weight(torch.empty(0, device=device).device)  # follows `with torch.device(...)` too
-        self.bias = _frozen(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        for name in _INPUTS:
+        for name in ("bias", *_INPUTS):
             self.register_parameter(name, None)
+        if bias:
+            self.bias = _frozen(torch.empty(out_features, device=device, dtype=dtype))
         if self.scheme.activation_static:
             self.input_scale = _frozen(torch.ones(1, device=device, dtype=torch.float32))
             if not self.scheme.activation_symmetric:

@@ -386,7 +386,7 @@ class Scheme:
 
 
 def _parse_option(option: str, text: str) -> tuple[str, Any]:
-    if match := re.fullmatch(r"g(\d{1,9})", option):
+    if match := re.fullmatch(r"g([0-9]{1,9})", option):
         return "groups", int(match[1])
     if option == "b128":
         return "groups", option

@@ -1,0 +1,85 @@
+#include "common/introspect.h"
+
+#include "common/desc.h"
+#include "formats/format_table.h"
+#include "packing/cpu_tile16.h"
+
+#define LOWBIT_STRINGIFY_(text) #text
+#define LOWBIT_STRINGIFY(text) LOWBIT_STRINGIFY_(text)
+
+namespace lowbit {
+namespace {
+
+template <class Enum>
+EnumValues named(std::initializer_list<Enum> values) {
+  EnumValues result;
+  for (Enum value : values) result.emplace_back(name_of(value), static_cast<int64_t>(value));
+  return result;
+}
+
+}  // namespace
+
+std::vector<FormatRow> list_formats() {
+  std::vector<FormatRow> rows;
+  for (const FormatInfo& info : format_table()) {
+    FormatRow row{
+        static_cast<int>(info.format), info.name, info.bits, info.is_integer, info.max, {}};
+    if (info.code != nullptr) row.code.assign(info.code, info.code + (1 << info.bits));
+    rows.push_back(std::move(row));
+  }
+  return rows;
+}
+
+std::vector<std::pair<std::string, EnumValues>> list_enums() {
+  EnumValues formats;
+  for (const FormatInfo& info : format_table())
+    formats.emplace_back(info.name, static_cast<int64_t>(info.format));
+  return {
+      {"format", formats},
+      {"zero_kind", named({ZeroKind::kNone, ZeroKind::kInt, ZeroKind::kFloat, ZeroKind::kOffset})},
+      {"scale_dtype", named({ScaleDtype::kFloat32, ScaleDtype::kFloat16, ScaleDtype::kBFloat16,
+                             ScaleDtype::kE8m0, ScaleDtype::kE4m3})},
+      {"scaling", named({Scaling::kGroup, Scaling::kBlock128, Scaling::kTwoLevel, Scaling::kFlat})},
+      {"layout", named({Layout::kCanonical, Layout::kCpuTile16})},
+      {"flags", {{"batch_invariant", kBatchInvariant}}},
+  };
+}
+
+CanonicalShapes canonical_shapes(int64_t N, int64_t K, int64_t desc) {
+  const CanonicalShape s = canonical_shape(N, K, decode_desc(desc));
+  CanonicalShapes shapes{{N, s.row_bytes}, {s.scale_rows, s.groups}, {}, {}};
+  if (s.zero_bytes > 0) shapes.zeros = {N, s.groups};
+  if (s.has_perm) shapes.perm = {K};
+  return shapes;
+}
+
+int64_t packed_size(int64_t N, int64_t K, int64_t desc) {
+  const Desc d = decode_desc(desc);
+  LOWBIT_CHECK(d.layout == Layout::kCpuTile16, "layout ", name_of(d.layout),
+               " is not a kernel layout; canonical weights are several tensors");
+  return cpu_tile16(N, K, d).total_bytes;
+}
+
+int64_t preferred_layout(const std::string& device_type, int64_t desc) {
+  decode_desc(desc);
+  LOWBIT_CHECK(device_type == "cpu", "no kernels for device '", device_type,
+               "' in this build; have: cpu");
+  return static_cast<int64_t>(Layout::kCpuTile16);
+}
+
+std::vector<std::pair<std::string, std::string>> build_info() {
+#if defined(__clang__)
+  const std::string compiler = std::string("clang ") + __clang_version__;
+#else
+  const std::string compiler = std::string("gcc ") + __VERSION__;
+#endif
+  return {{"version", LOWBIT_VERSION},
+          {"compiler", compiler},
+          {"flags", LOWBIT_BUILD_FLAGS},
+          {"build_type", LOWBIT_BUILD_TYPE},
+          {"abi_target", "2.11"},
+          {"built_with_torch", LOWBIT_BUILT_WITH_TORCH},
+          {"op_namespace", LOWBIT_STRINGIFY(LOWBIT_OP_NAMESPACE)}};
+}
+
+}  // namespace lowbit

@@ -1,0 +1,115 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+
+namespace lowbit {
+namespace {
+
+struct Level {
+  const IsaKernels* kernels;
+  bool available;
+};
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = [] {
+    std::vector<Level> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    found.push_back({&kernels_avx512vnni(), avx512 && __builtin_cpu_supports("avx512vnni")});
+    found.push_back({&kernels_avx512(), avx512});
+    found.push_back({&kernels_avx2(), avx2});
+#endif
+    found.push_back({&kernels_portable(), true});
+    return found;
+  }();
+  return all;
+}
+
+std::string available_names() {
+  std::string names;
+  for (const std::string& name : isa_levels()) names += names.empty() ? name : ", " + name;
+  return names;
+}
+
+const IsaKernels* find_available(const std::string& name) {
+  for (const Level& level : levels()) {
+    if (level.available && name == level.kernels->isa) return level.kernels;
+  }
+  fail("instruction set '", name, "' is not one that this CPU can run: ", available_names());
+}
+
+const IsaKernels* initial() {
+  const char* forced = std::getenv("LOWBIT_ISA");
+  if (forced != nullptr && *forced != '\0') return find_available(forced);
+  for (const Level& level : levels()) {
+    if (level.available) return level.kernels;
+  }
+  return &kernels_portable();
+}
+
+std::atomic<const IsaKernels*> chosen{nullptr};
+
+}  // namespace
+
+std::vector<std::string> isa_levels() {
+  std::vector<std::string> names;
+  for (const Level& level : levels()) {
+    if (level.available) names.emplace_back(level.kernels->isa);
+  }
+  return names;
+}
+
+// LOWBIT_ISA is read at the first use and not at load, so that a wrong value is an exception and not a crash.
+const IsaKernels& kernels() {
+  const IsaKernels* now = chosen.load(std::memory_order_acquire);
+  if (now == nullptr) {
+    now = initial();
+    chosen.store(now, std::memory_order_release);
+  }
+  return *now;
+}
+
+const IsaKernels* kernels_of(const std::string& name) {
+  for (const Level& level : levels()) {
+    if (name == level.kernels->isa) return level.kernels;
+  }
+  return nullptr;
+}
+
+std::string current_isa() { return kernels().isa; }
+
+void set_isa(const std::string& name) {
+  chosen.store(find_available(name), std::memory_order_release);
+}
+
+std::vector<std::pair<std::string, bool>> cpu_features() {
+  std::vector<std::pair<std::string, bool>> features;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define LOWBIT_FEATURE(name) features.emplace_back(name, __builtin_cpu_supports(name) != 0)
+  LOWBIT_FEATURE("sse4.2");
+  LOWBIT_FEATURE("avx");
+  LOWBIT_FEATURE("f16c");
+  LOWBIT_FEATURE("fma");
+  LOWBIT_FEATURE("avx2");
+  LOWBIT_FEATURE("avx512f");
+  LOWBIT_FEATURE("avx512bw");
+  LOWBIT_FEATURE("avx512dq");
+  LOWBIT_FEATURE("avx512vl");
+  LOWBIT_FEATURE("avx512vnni");
+  LOWBIT_FEATURE("avx512vbmi");
+  LOWBIT_FEATURE("avx512bf16");
+#undef LOWBIT_FEATURE
+#elif defined(__aarch64__)
+  features.emplace_back("neon", true);
+#endif
+  return features;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,188 @@
+#include "cpu/kernel_table.h"
+
+#include "cpu/isa.h"
+#include "cpu/kernels/general.h"
+#include "formats/format_table.h"
+
+namespace lowbit {
+namespace {
+
+// Vector kernels walk blocks of 32 k, which no group may straddle.
+std::string refuse_short_blocks(const CpuTile16& tile) {
+  if (tile.kb == 32) return {};
+  return concat("group_size=", tile.shape.group_size, " is not a multiple of 32");
+}
+
+std::string refuse_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
+  if (isa.gemm_stream == nullptr) return concat("not built for ", isa.isa);
+  if ((p.flags & kBatchInvariant) != 0)
+    return "its order of additions depends on M; batch_invariant is set";
+  if (p.M > isa.stream_rows)
+    return concat("M=", p.M, " exceeds the ", isa.stream_rows, " rows that fit its registers");
+  return refuse_short_blocks(tile);
+}
+
+std::string refuse_panel(const Problem&, const CpuTile16& tile, const IsaKernels&) {
+  return refuse_short_blocks(tile);
+}
+
+std::string refuse_integer_dot(const Problem& p) {
+  if (p.x != Element::kInt8) return "activations are not int8";
+  if (p.grouped_x) return "activation scales are per group of K, not per token";
+  if (!format_info(p.desc.format).is_integer)
+    return concat(format_info(p.desc.format).name, " weights are not integers");
+  return {};
+}
+
+std::string refuse_dot(const Problem& p, const CpuTile16& tile, const IsaKernels&) {
+  const std::string reason = refuse_integer_dot(p);
+  return reason.empty() ? refuse_short_blocks(tile) : reason;
+}
+
+// Integer problems stay in integers, also on the general kernel: their sums are exact.
+std::string refuse_general_dot(const Problem& p, const CpuTile16&, const IsaKernels&) {
+  return refuse_integer_dot(p);
+}
+
+std::string refuse_integers(const Problem& p, std::string otherwise) {
+  return p.op == Op::kGemmA8 && refuse_integer_dot(p).empty()
+             ? "int8 activations and integer weights are summed in int32"
+             : otherwise;
+}
+
+std::string refuse_a8_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
+  return refuse_integers(p, refuse_stream(p, tile, isa));
+}
+std::string refuse_a8_panel(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
+  return refuse_integers(p, refuse_panel(p, tile, isa));
+}
+
+std::string refuse_nothing(const Problem&, const CpuTile16&, const IsaKernels&) { return {}; }
+
+void run_stream(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
+  isa.gemm_stream(job, begin, end);
+}
+void run_panel(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
+  isa.gemm_panel(job, begin, end);
+}
+void run_dot(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
+  isa.gemm_dot(job, begin, end);
+}
+void run_general_f32(const IsaKernels&, const GemmJob& job, int64_t begin, int64_t end) {
+  gemm_general_f32(job, begin, end);
+}
+void run_general_i8(const IsaKernels&, const GemmJob& job, int64_t begin, int64_t end) {
+  gemm_general_i8(job, begin, end);
+}
+void run_grad(const IsaKernels& isa, const GradJob& job, int64_t begin, int64_t end) {
+  isa.grad_input(job, begin, end);
+}
+void run_grad_general(const IsaKernels&, const GradJob& job, int64_t begin, int64_t end) {
+  grad_input_general(job, begin, end);
+}
+
+const char* name_of(Op op) {
+  static const char* const names[] = {"gemm", "gemm_a8", "gemm_grad_input"};
+  return names[static_cast<int>(op)];
+}
+
+Op parse_op(const std::string& op) {
+  if (op == "gemm" || op == "linear") return Op::kGemm;
+  if (op == "gemm_a8") return Op::kGemmA8;
+  if (op == "gemm_grad_input") return Op::kGradInput;
+  fail("op='", op, "' has no kernel table; expected gemm, linear, gemm_a8 or gemm_grad_input");
+}
+
+Element parse_dtype(const std::string& dtype) {
+  if (dtype == "float32") return Element::kFloat32;
+  if (dtype == "float16") return Element::kFloat16;
+  if (dtype == "bfloat16") return Element::kBFloat16;
+  if (dtype == "int8") return Element::kInt8;
+  if (dtype == "float8_e4m3fn") return Element::kFp8E4m3;
+  fail("dtype='", dtype, "' is not one of float32, float16, bfloat16, int8, float8_e4m3fn");
+}
+
+const IsaKernels& parse_device(const std::string& device) {
+  if (device == "cpu") return kernels();
+  const IsaKernels* isa = device.rfind("cpu:", 0) == 0 ? kernels_of(device.substr(4)) : nullptr;
+  LOWBIT_CHECK(isa != nullptr, "device='", device,
+               "' has no kernels in this build; expected cpu or cpu:<isa> with one of the compiled "
+               "instruction sets");
+  return *isa;
+}
+
+}  // namespace
+
+const std::vector<KernelRow>& kernel_table() {
+  static const std::vector<KernelRow> table = {
+      {Op::kGemm, "stream_f32", false,
+       "few rows of x, groups in multiples of 32: weights decoded in registers, read once", false,
+       refuse_stream, run_stream, nullptr},
+      {Op::kGemm, "panel_f32", false,
+       "any M, groups in multiples of 32: weights decoded to L1 once per 128 rows", false,
+       refuse_panel, run_panel, nullptr},
+      {Op::kGemm, "general_f32", true, "everything", false, refuse_nothing, run_general_f32,
+       nullptr},
+      {Op::kGemmA8, "dot_i8", false,
+       "int8 per token x integer weights, groups in multiples of 32: int32 dot products", true,
+       refuse_dot, run_dot, nullptr},
+      {Op::kGemmA8, "stream_f32", false, "as gemm, on dequantized activations", false,
+       refuse_a8_stream, run_stream, nullptr},
+      {Op::kGemmA8, "panel_f32", false, "as gemm, on dequantized activations", false,
+       refuse_a8_panel, run_panel, nullptr},
+      {Op::kGemmA8, "general_i8", true, "int8 per token x integer weights, any group", true,
+       refuse_general_dot, run_general_i8, nullptr},
+      {Op::kGemmA8, "general_f32", true, "everything", false, refuse_nothing, run_general_f32,
+       nullptr},
+      {Op::kGradInput, "grad_panel", false, "any M, groups in multiples of 32", false, refuse_panel,
+       nullptr, run_grad},
+      {Op::kGradInput, "grad_general", true, "everything", false, refuse_nothing, nullptr,
+       run_grad_general},
+  };
+  return table;
+}
+
+const KernelRow& select_kernel(const Problem& problem, const CpuTile16& tile,
+                               const IsaKernels& isa) {
+  const KernelRow* last = nullptr;
+  for (const KernelRow& row : kernel_table()) {
+    if (row.op != problem.op) continue;
+    if (row.refuse(problem, tile, isa).empty()) return row;
+    last = &row;
+  }
+  return *last;
+}
+
+std::vector<KernelInfo> list_kernels() {
+  std::vector<KernelInfo> list;
+  for (const std::string& level : isa_levels()) {
+    for (const KernelRow& row : kernel_table()) {
+      const bool once = row.general && level != "portable";  // general kernels are compiled once
+      const bool built = row.gemm != run_stream || kernels_of(level)->gemm_stream != nullptr;
+      if (!once && built)
+        list.push_back({name_of(row.op), row.name, level, row.takes, row.general});
+    }
+  }
+  return list;
+}
+
+std::vector<Verdict> explain(const std::string& op, const std::string& device, int64_t M, int64_t N,
+                             int64_t K, int64_t desc, const std::string& dtype, int64_t flags) {
+  LOWBIT_CHECK(M >= 0, "M=", M, " is negative");
+  const IsaKernels& isa = parse_device(device);
+  Problem problem{parse_op(op), M, N, K, decode_desc(desc), parse_dtype(dtype), false, flags};
+  const CpuTile16 tile = cpu_tile16(N, K, problem.desc);
+  std::vector<Verdict> verdicts;
+  bool found = false;
+  for (const KernelRow& row : kernel_table()) {
+    if (row.op != problem.op) continue;
+    std::string reason = row.refuse(problem, tile, isa);
+    if (reason.empty() && found) reason = "slower than the chosen one";
+    found = found || reason.empty();
+    verdicts.push_back(
+        {concat("cpu_", row.name, "_", row.general ? "portable" : isa.isa), std::move(reason)});
+  }
+  return verdicts;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,250 @@
+// Codecs: from the bytes of a block to 16 fp32 values (one k, 16 rows) or to 4 x 16 clean codes (one quad).
+//
+// A kernel sees only `Codec::template value<Q, J>(block, group)`: quad Q of a 32-element block, element J of the
+// quad. Everything about bits, planes, code books and zeros is here. Included inside a namespace per ISA, after V.
+
+// ---- codes: quad Q of a block as four u8 codes per 32-bit lane -----------------------------------------------------
+
+template <int kBits>
+struct Codes;
+
+template <>
+struct Codes<8> {
+  template <int Q>
+  static V::I quad(const uint8_t* b) {
+    return V::iload(b + 64 * Q);
+  }
+};
+template <>
+struct Codes<4> {
+  template <int Q>
+  static V::I quad(const uint8_t* b) {
+    return V::band(V::shr<Q % 2 * 4>(V::iload(b + Q / 2 * 64)), V::iset1(0x0f0f0f0f));
+  }
+};
+template <>
+struct Codes<2> {
+  template <int Q>
+  static V::I quad(const uint8_t* b) {
+    return V::band(V::shr<Q % 4 * 2>(V::iload(b + Q / 4 * 64)), V::iset1(0x03030303));
+  }
+};
+template <>
+struct Codes<1> {
+  template <int Q>
+  static V::I quad(const uint8_t* b) {
+    return V::band(V::shr<Q>(V::iload(b)), V::iset1(0x01010101));
+  }
+};
+template <int kLow, int kHigh>
+struct TwoPlanes {
+  template <int Q>
+  static V::I quad(const uint8_t* b) {
+    constexpr int kLowBytes = 16 * 32 * kLow / 8;
+    return V::bor(Codes<kLow>::template quad<Q>(b),
+                  V::shl<kLow>(Codes<kHigh>::template quad<Q>(b + kLowBytes)));
+  }
+};
+template <>
+struct Codes<3> : TwoPlanes<2, 1> {};
+template <>
+struct Codes<5> : TwoPlanes<4, 1> {};
+template <>
+struct Codes<6> : TwoPlanes<4, 2> {};
+
+// Element J of a quad, in the low byte of each lane.
+template <int J>
+V::I lane(V::I codes) {
+  if constexpr (J == 3) {
+    return V::shr<24>(codes);
+  } else {
+    return V::band(V::shr<8 * J>(codes), V::iset1(0xff));
+  }
+}
+
+// ---- values --------------------------------------------------------------------------------------------------------
+
+// Scales, zeros and offsets of one group: 16 values in the storage dtype.
+inline V::F load16(const uint8_t* p, ScaleDtype dtype) {
+  if (dtype == ScaleDtype::kFloat32) {
+    float values[16];
+    __builtin_memcpy(values, p, 64);
+    return V::load(values);
+  }
+  return dtype == ScaleDtype::kFloat16 ? V::load_half(p) : V::load_bfloat(p);
+}
+
+inline float load1(const uint8_t* p, ScaleDtype dtype) {
+  if (dtype == ScaleDtype::kFloat32) {
+    float value;
+    __builtin_memcpy(&value, p, 4);
+    return value;
+  }
+  uint8_t row[64] = {p[0], p[1]};
+  float values[16];
+  V::store(values, load16(row, dtype));
+  return values[0];
+}
+
+inline V::F group_scales(const WeightView& w, const uint8_t* strip, int64_t g) {
+  const uint8_t* p = strip + w.scales_offset + g * w.scales_per_group * w.scale_bytes;
+  return w.scales_per_group == 1 ? V::set1(load1(p, w.scale_dtype)) : load16(p, w.scale_dtype);
+}
+
+inline V::F group_zeros(const WeightView& w, const uint8_t* strip, int64_t g) {
+  const uint8_t* p = strip + w.zeros_offset + g * 16 * w.zero_bytes;
+  return w.zero_kind == ZeroKind::kInt ? V::load_u8(p) : load16(p, w.scale_dtype);
+}
+
+// What a codec needs to know about the current group. With offsets the scale is applied to every weight (w = q*s + o),
+// elsewhere once per group to the sum.
+struct Group {
+  V::F scale;
+  V::F zero;  // or the offset
+};
+
+enum class Zeros { kMiddle, kGiven, kOffset };  // 2^(bits-1) | zeros per group | offsets per group
+
+// Integers: (q - zero), or q * scale + offset.
+template <int kBits, Zeros kZeros>
+struct IntCodec {
+  static constexpr bool kScaledInside = kZeros == Zeros::kOffset;
+  V::Lut table;
+
+  explicit IntCodec(const WeightView&) : table(make_table()) {}
+
+  template <int Q, int J>
+  V::F value(const uint8_t* block, const Group& g) const {
+    const V::F q = code<Q, J>(block);
+    if constexpr (kZeros == Zeros::kMiddle) {
+      return q;
+    } else if constexpr (kZeros == Zeros::kGiven) {
+      return V::sub(q, g.zero);
+    } else {
+      return V::add(V::mul(q, g.scale), g.zero);
+    }
+  }
+
+ private:
+  static constexpr bool kUseLut = V::kFastLut && kBits <= 4;
+  // Symmetric zeros are subtracted in the table, or right after the conversion: exact either way.
+  static constexpr int kMiddle = kZeros == Zeros::kMiddle ? 1 << (kBits - 1) : 0;
+
+  static V::Lut make_table() {
+    float values[16];
+    for (int q = 0; q < 16; ++q) values[q] = static_cast<float>(q - kMiddle);
+    static_assert(sizeof(values) == 64, "a table has 16 entries");
+    if constexpr (kUseLut) {
+      return V::make_lut(values);
+    } else {
+      return V::Lut{};
+    }
+  }
+
+  template <int Q, int J>
+  V::F code(const uint8_t* block) const {
+    if constexpr (kUseLut && kBits == 4) {
+      // One shift: the table look-up ignores what stands above the nibble.
+      return V::lut16(V::shr<8 * J + Q % 2 * 4>(V::iload(block + Q / 2 * 64)), table);
+    } else if constexpr (kUseLut) {
+      return V::lut16(V::shr<8 * J>(Codes<kBits>::template quad<Q>(block)), table);
+    } else {
+      const V::F q = V::to_f(lane<J>(Codes<kBits>::template quad<Q>(block)));
+      return kMiddle == 0 ? q : V::sub(q, V::set1(static_cast<float>(kMiddle)));
+    }
+  }
+};
+
+// Four-bit code books: NF4, FP4.
+struct Code4Codec {
+  static constexpr bool kScaledInside = false;
+  V::Lut table;
+
+  explicit Code4Codec(const WeightView& w) : table(V::make_lut(w.code)) {}
+
+  template <int Q, int J>
+  V::F value(const uint8_t* block, const Group&) const {
+    return V::lut16(V::shr<8 * J + Q % 2 * 4>(V::iload(block + Q / 2 * 64)), table);
+  }
+};
+
+// FP8, by moving the bits to where fp32 has them. Subnormals are converted as integers, so that no subnormal fp32 is
+// ever an operand (a thread may flush those to zero). E4M3's NaN is all ones; E5M2 has IEEE's.
+template <int kExponentBits, int kMantissaBits, bool kIeee>
+struct Fp8Codec {
+  static constexpr bool kScaledInside = false;
+  static constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
+
+  explicit Fp8Codec(const WeightView&) {}
+
+  template <int Q, int J>
+  V::F value(const uint8_t* block, const Group&) const {
+    const V::I codes = lane<J>(Codes<8>::quad<Q>(block));
+    const V::I magnitude = V::band(codes, V::iset1(0x7f));
+    const V::I sign = V::shl<24>(V::band(codes, V::iset1(0x80)));
+    const V::I shifted =
+        V::iadd(V::shl<23 - kMantissaBits>(magnitude), V::iset1((127 - kBias) << 23));
+    // 2^(1 - bias - mantissa bits): the spacing of subnormals.
+    const V::F subnormal =
+        V::mul(V::to_f(magnitude), V::as_f(V::iset1((127 + 1 - kBias - kMantissaBits) << 23)));
+    V::F value = V::select_lt(magnitude, V::iset1(1 << kMantissaBits), subnormal, V::as_f(shifted));
+    constexpr int kInfinity = kIeee ? ((1 << kExponentBits) - 1) << kMantissaBits : 0x7f;
+    constexpr int kLastFinite = kInfinity - 1;
+    if constexpr (kIeee) {
+      // exponent all ones: keep the mantissa, raise fp32's exponent to all ones too
+      value = V::select_lt(V::iset1(kLastFinite), magnitude,
+                           V::as_f(V::bor(shifted, V::iset1(0x7f800000))), value);
+    } else {
+      value = V::select_lt(V::iset1(kLastFinite), magnitude, V::as_f(V::iset1(0x7fc00000)), value);
+    }
+    return or_sign(value, sign);
+  }
+
+ private:
+  static V::F or_sign(V::F value, V::I sign) {
+    // as_f(x | sign) without an integer view of a float: negate where the sign is set.
+    return V::select_lt(sign, V::izero(), V::sub(V::set1(-0.0f), value), value);
+  }
+};
+
+using E4m3Codec = Fp8Codec<4, 3, false>;
+using E5m2Codec = Fp8Codec<5, 2, true>;
+
+// ---- from a format id to a codec type -------------------------------------------------------------------------------
+
+template <int kBits, class Action>
+void with_int_codec(const WeightView& w, const Action& action) {
+  if (w.zero_kind == ZeroKind::kNone) {
+    action(IntCodec<kBits, Zeros::kMiddle>(w));
+  } else if (w.zero_kind == ZeroKind::kOffset) {
+    action(IntCodec<kBits, Zeros::kOffset>(w));
+  } else {
+    action(IntCodec<kBits, Zeros::kGiven>(w));
+  }
+}
+
+// Calls action(codec) with the codec of w.format: the one place that maps formats to code.
+template <class Action>
+void with_codec(const WeightView& w, const Action& action) {
+  switch (w.format) {
+    case Format::kInt2:
+      return with_int_codec<2>(w, action);
+    case Format::kInt3:
+      return with_int_codec<3>(w, action);
+    case Format::kInt4:
+      return with_int_codec<4>(w, action);
+    case Format::kInt5:
+      return with_int_codec<5>(w, action);
+    case Format::kInt6:
+      return with_int_codec<6>(w, action);
+    case Format::kInt8:
+      return with_int_codec<8>(w, action);
+    case Format::kFp8E4m3:
+      return action(E4m3Codec(w));
+    case Format::kFp8E5m2:
+      return action(E5m2Codec(w));
+    case Format::kFp4E2m1:
+    case Format::kNf4:
+      return action(Code4Codec(w));
+  }
+}

@@ -1,0 +1,12 @@
+// The last rows of the kernel table: they take every format, block size and group size, in plain C++.
+#pragma once
+
+#include "cpu/kernels/job.h"
+
+namespace lowbit {
+
+void gemm_general_f32(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
+void gemm_general_i8(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
+void grad_input_general(const GradJob& job, int64_t piece_begin, int64_t piece_end);
+
+}  // namespace lowbit

@@ -1,0 +1,147 @@
+// What the op boundary hands to a CPU kernel, and the table of functions each ISA provides.
+//
+// Plain data only: this header is compiled with every ISA's flags, and an inline function defined here could be
+// merged by the linker into code that runs on an older CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "common/enums.h"
+
+namespace lowbit {
+
+enum class Element : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFp8E4m3 = 4 };
+
+// A packed weight in layout cpu_tile16 (packing/cpu_tile16.h), as kernels read it.
+struct WeightView {
+  const uint8_t* data;
+  Format format;
+  ZeroKind zero_kind;
+  ScaleDtype scale_dtype;
+  int scale_bytes, zero_bytes;
+  int scales_per_group;  // 16, or 1 where a strip shares one scale
+  int64_t N, K, K_padded;
+  int64_t group_size, groups;
+  int64_t kb, block_bytes;
+  int64_t strip_bytes, scales_offset, zeros_offset;
+  int bits;
+  const float* code;             // [2^bits] of a code-book format, else null
+  const struct CpuTile16* tile;  // the whole geometry, for the general kernels
+};
+
+// Rows of activations, prepared: zero from K to K_padded, gathered by perm.
+struct Activations {
+  int64_t M;
+  int64_t stride;       // K_padded, in elements
+  const float* values;  // fp32 [M, stride]
+  // Integer activations (gemm_a8): y = sum_g sum_k (xq - zero) * scale * w
+  const int8_t* codes;   // [M, stride]
+  const int32_t* sums;   // [M, segments]: sum of xq over each segment of K
+  const float* scales;   // [M]
+  const int32_t* zeros;  // [M], or null when symmetric
+  int64_t segment,
+      segments_per_group;  // int32 sums are exact over a segment; a group has one, or several if huge
+};
+
+struct Output {
+  void* data;  // row m, column n at data + (m * stride + n) * sizeof
+  int64_t stride;
+  Element dtype;
+  const float* bias;  // [N], or null
+};
+
+struct GemmJob {
+  WeightView w;
+  Activations x;
+  Output y;
+};
+
+// Rows of a float tensor to be converted, multiplied, gathered or padded.
+struct RowSource {
+  const void* data;
+  Element dtype;
+  int64_t stride;  // in elements
+  int64_t K;
+  const int32_t* perm;     // gather, or null
+  const float* pre_scale;  // [K], or null
+};
+
+struct GradJob {
+  WeightView w;
+  int64_t M;
+  const float* dy;  // [M, N padded to 16]
+  float* dx;        // [M, K_padded], columns in packed order
+};
+
+// One group of weights: the values that share a scale.
+struct QuantizeJob {
+  const float* values;      // [count]
+  const float* importance;  // [count], or null: weights of the squared error
+  int64_t count;
+  Format format;
+  ZeroKind zero_kind;
+  ScaleDtype scale_dtype;
+  int bits;
+  bool search;        // look for the scale with the least squared error
+  float max;          // FormatInfo::max
+  const float* code;  // [2^bits] of a code-book format, else null
+  uint8_t* codes;     // [count], one code per byte
+  uint8_t* scale;     // one, in scale_dtype
+  uint8_t* zero;      // one zero or offset, or null
+};
+
+struct QuantizeActivationJob {
+  const float* x;  // one row, fp32 [K], already multiplied by pre_scale
+  int64_t K, group_size;
+  Element format;
+  bool symmetric;
+  const float* static_scale;   // or null
+  const int32_t* static_zero;  // or null
+  void* codes;                 // [K]
+  float* scales;               // [groups]
+  int32_t* zeros;              // [1], or null
+};
+
+struct DequantizeJob {   // one row
+  const uint8_t* codes;  // [K], one per byte
+  const uint8_t* scales;
+  const uint8_t* zeros;
+  int64_t K, group_size;
+  ZeroKind zero_kind;
+  ScaleDtype scale_dtype;
+  int bits;
+  const float* code;
+  float* values;  // [K]
+};
+
+// Every function handles the whole range it is given on the calling thread, allocates nothing and throws nothing.
+struct IsaKernels {
+  const char* isa;
+  void (*gemm_stream)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
+  void (*gemm_panel)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
+  void (*gemm_dot)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
+  void (*grad_input)(const GradJob& job, int64_t piece_begin,
+                     int64_t piece_end);  // pieces of 64 columns
+  void (*load_rows)(const RowSource& from, int64_t row_begin, int64_t row_end, float* to,
+                    int64_t to_stride);
+  void (*store_row)(const float* from, int64_t count, Element dtype, void* to);
+  void (*quantize_group)(const QuantizeJob& job);
+  void (*quantize_activation_row)(const QuantizeActivationJob& job);
+  void (*dequantize_row)(const DequantizeJob& job);
+  int64_t stream_rows;  // the largest M that gemm_stream reads the weights once for
+};
+
+const IsaKernels& kernels_portable();
+#if defined(__x86_64__)
+const IsaKernels& kernels_avx2();
+const IsaKernels& kernels_avx512();
+const IsaKernels& kernels_avx512vnni();
+#endif
+
+// Rows of x that one call of a gemm kernel may be given: it sizes the kernels' stack buffers.
+enum : int64_t { kMaxRows = 128 };
+
+// Columns of dx in one piece of gemm_grad_input.
+enum : int64_t { kGradColumns = 64 };
+
+}  // namespace lowbit

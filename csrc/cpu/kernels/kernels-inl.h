@@ -1,0 +1,26 @@
+// Everything one ISA provides. Included after V and codec-inl.h.
+#include "cpu/kernels/epilogue-inl.h"
+#include "cpu/kernels/gemm_dot-inl.h"
+#if !defined(LOWBIT_NO_STREAM)
+#include "cpu/kernels/gemm_stream-inl.h"
+#endif
+#include "cpu/kernels/panel-inl.h"
+// clang-format off: each needs what stands above it
+#include "cpu/kernels/gemm_panel-inl.h"
+#include "cpu/kernels/grad_input-inl.h"
+#include "cpu/kernels/rows-inl.h"
+#include "cpu/kernels/round-inl.h"
+#include "cpu/kernels/quantize-inl.h"
+#include "cpu/kernels/activation-inl.h"
+// clang-format on
+
+#if defined(LOWBIT_NO_STREAM)
+#define LOWBIT_STREAM nullptr
+#else
+#define LOWBIT_STREAM gemm_stream
+#endif
+
+static const IsaKernels kKernels = {LOWBIT_ISA_NAME, LOWBIT_STREAM,  gemm_panel,
+                                    gemm_dot,        grad_input,     load_rows,
+                                    store_row,       quantize_group, quantize_activation_row,
+                                    dequantize_row,  V::kStreamRows};

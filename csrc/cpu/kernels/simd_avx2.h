@@ -1,0 +1,121 @@
+// Sixteen lanes as two AVX2 registers (with FMA and F16C). See simd_portable.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define LOWBIT_UNROLLED __attribute__((always_inline))
+
+struct V {
+  struct F {
+    __m256 lo, hi;
+  };
+  struct I {
+    __m256i lo, hi;
+  };
+  struct Lut {
+    __m256 lo, hi;
+  };
+  static constexpr bool kFastLut =
+      false;  // two permutes and a blend: no better than convert for integers
+  static constexpr int kStreamRows = 4;  // 4 x 2 accumulators of 16 registers
+  static constexpr int kPanelRows = 6;
+  static constexpr int kPanelStrips = 1;  // 6 x 2 accumulators
+
+  static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F set1(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+  }
+  static F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+  static F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static F fma(F a, F b, F c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+  }
+
+  static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I iset1(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+  static I iload(const uint8_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  }
+  static I iadd(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+  static I isub(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+  static I imul(I a, I b) {
+    return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+  }
+  static I band(I a, I b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+  static I bor(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+  template <int kBits>
+  static I shr(I a) {
+    return {_mm256_srli_epi32(a.lo, kBits), _mm256_srli_epi32(a.hi, kBits)};
+  }
+  template <int kBits>
+  static I shl(I a) {
+    return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
+  }
+  static F to_f(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+  static F as_f(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+  static F select_lt(I a, I b, F if_less, F otherwise) {
+    return {_mm256_blendv_ps(otherwise.lo, if_less.lo,
+                             _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.lo, a.lo))),
+            _mm256_blendv_ps(otherwise.hi, if_less.hi,
+                             _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.hi, a.hi)))};
+  }
+
+  static Lut make_lut(const float* table) {
+    return {_mm256_loadu_ps(table), _mm256_loadu_ps(table + 8)};
+  }
+  static F lut16(I index, Lut table) { return {lut8x2(index.lo, table), lut8x2(index.hi, table)}; }
+
+  static I iload_u8(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+  }
+  static F load_u8(const uint8_t* p) { return to_f(iload_u8(p)); }
+  static F load_half(const uint8_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+  }
+  static F load_bfloat(const uint8_t* p) {
+    const I wide = {
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+    return as_f(shl<16>(wide));
+  }
+  static void store_half(uint8_t* p, F a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16),
+                     _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static I broadcast4(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return iset1(four);
+  }
+  static I dot4(I sums, I codes, I x) {
+    return {dot4_half(sums.lo, codes.lo, x.lo), dot4_half(sums.hi, codes.hi, x.hi)};
+  }
+
+ private:
+  static __m256 lut8x2(__m256i index, Lut table) {
+    // Bit 3 of the index, moved to the sign, picks the upper half of the table.
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lo, index),
+                            _mm256_permutevar8x32_ps(table.hi, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+  // Even and odd bytes as 16-bit pairs: u8 * s8 does not fit vpmaddubsw's saturating sums.
+  static __m256i dot4_half(__m256i sums, __m256i codes, __m256i x) {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, low),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
+    return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
+  }
+};

@@ -1,0 +1,87 @@
+// Sixteen lanes as one AVX-512 register. See simd_portable.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define LOWBIT_UNROLLED __attribute__((always_inline))
+
+struct V {
+  using F = __m512;
+  using I = __m512i;
+  using Lut = __m512;
+  // vpermps reads only the low four bits of an index, so that callers need not mask.
+  static constexpr bool kFastLut = true;
+  static constexpr int kStreamRows = 8;  // rows of x that the stream kernel holds in registers
+  static constexpr int kPanelRows = 8;
+  static constexpr int kPanelStrips = 2;  // 8 x 2 accumulators of 32 registers
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float a) { return _mm512_set1_ps(a); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+
+  static I izero() { return _mm512_setzero_si512(); }
+  static I iset1(int32_t a) { return _mm512_set1_epi32(a); }
+  static I iload(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I band(I a, I b) { return _mm512_and_si512(a, b); }
+  static I bor(I a, I b) { return _mm512_or_si512(a, b); }
+  template <int kBits>
+  static I shr(I a) {
+    return _mm512_srli_epi32(a, kBits);
+  }
+  template <int kBits>
+  static I shl(I a) {
+    return _mm512_slli_epi32(a, kBits);
+  }
+  static F to_f(I a) { return _mm512_cvtepi32_ps(a); }
+  static F as_f(I a) { return _mm512_castsi512_ps(a); }
+  static F select_lt(I a, I b, F if_less, F otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(a, b), otherwise, if_less);
+  }
+
+  static Lut make_lut(const float* table) { return _mm512_loadu_ps(table); }
+  static F lut16(I index, Lut table) { return _mm512_permutexvar_ps(index, table); }
+
+  static F load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(iload_u8(p)); }
+  static I iload_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F load_half(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load_bfloat(const uint8_t* p) {
+    return as_f(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+  static void store_half(uint8_t* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static I broadcast4(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static I dot4(I sums, I codes, I x) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(sums, codes, x);
+#else
+    // Even and odd bytes as 16-bit pairs: u8 * s8 does not fit vpmaddubsw's saturating sums.
+    const __m512i low = _mm512_set1_epi16(0xff);
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(codes, low),
+                                           _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(x, 8));
+    return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
+#endif
+  }
+};

@@ -1,0 +1,338 @@
+// gemm, linear, gemm_a8, gemm_grad_input and their out variants on the CPU: checks, prepared activations, threads.
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/kernel_table.h"
+#include "cpu/strict.h"
+#include "cpu/weight.h"
+#include "cpu/workspace.h"
+#include "formats/codebooks.h"
+#include "op_namespace.h"
+
+namespace lowbit {
+namespace {
+
+void check_flags(const char* op, int64_t flags) {
+  LOWBIT_CHECK((flags & ~int64_t{kBatchInvariant}) == 0, op, ": flags=", flags,
+               " has unknown bits; known: batch_invariant=1");
+}
+
+const KernelRow& choose(const char* op, const Problem& problem, const PackedWeight& weight,
+                        const IsaKernels& isa) {
+  const KernelRow& row = select_kernel(problem, weight.tile, isa);
+  LOWBIT_CHECK(!row.general || !strict(), op,
+               ": LOWBIT_STRICT is set and only the general kernel takes M=", problem.M,
+               " N=", problem.N, " K=", problem.K, " ", to_string(weight.desc),
+               " on cpu:", isa.isa);
+  return row;
+}
+
+// Bias as fp32, in place where it already is.
+const float* prepare_bias(const char* op, const IsaKernels& isa, const OptionalTensor& bias,
+                          int64_t N, Scratch& scratch) {
+  if (!bias.has_value()) return nullptr;
+  if (bias->scalar_type() == ScalarType::Float) return const_data_of<float>(*bias);
+  float* values = scratch.take<float>(N);
+  isa.load_rows({bias->const_data_ptr(), float_element(op, "bias", *bias), N, N, nullptr, nullptr},
+                0, 1, values, N);
+  return values;
+}
+
+void check_bias(const char* op, const OptionalTensor& bias, int64_t N) {
+  if (!bias.has_value()) return;
+  float_element(op, "bias", *bias);
+  check_plain(op, "bias", *bias, bias->scalar_type(), {N});
+}
+
+void check_columns(const char* op, const char* name, const Tensor& tensor, int64_t found,
+                   const char* letter, int64_t expected) {
+  LOWBIT_CHECK(found == expected, op, ": ", name, " of shape ", shape_string(tensor), " has ",
+               letter, "=", found, " in its last dimension, the weight has ", letter, "=",
+               expected);
+}
+
+void check_out(const char* op, const Tensor& out, const Tensor& x, int64_t columns) {
+  float_element(op, "out", out);
+  check_plain(op, "out", out, out.scalar_type(), with_last(x, columns));
+}
+
+// ---- gemm ----------------------------------------------------------------------------------------------------------
+
+// Strips of the weight over threads, in chunks of rows; prepare(m0, rows, job.x) fills the activations of a chunk.
+template <class Prepare>
+void run_gemm(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t M,
+              const Prepare& prepare) {
+  const int64_t element_size = job.y.dtype == Element::kFloat32 ? 4 : 2;
+  uint8_t* out = static_cast<uint8_t*>(job.y.data);
+  const int64_t strips = job.w.tile->strips;
+  for (int64_t m0 = 0; m0 < M; m0 += kMaxRows) {
+    job.x.M = std::min<int64_t>(kMaxRows, M - m0);
+    prepare(m0, job.x);
+    job.y.data = out + m0 * job.y.stride * element_size;
+    parallel_items(strips, job.x.M * job.w.K_padded * kTileRows,
+                   [&](int64_t begin, int64_t end) { row.gemm(isa, job, begin, end); });
+  }
+}
+
+void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+               int64_t N, int64_t K, int64_t desc, int64_t flags, const Rows& rows, Element element,
+               void* out, const OptionalTensor& workspace) {
+  const PackedWeight weight(op, w, N, K, desc);
+  check_columns(op, "x", x, rows.K, "K", K);
+  check_bias(op, bias, N);
+  check_flags(op, flags);
+  const IsaKernels& isa = kernels();
+  const KernelRow& row =
+      choose(op, {Op::kGemm, rows.M, N, K, weight.desc, element, false, flags}, weight, isa);
+  Scratch scratch(gemm_scratch_bytes(rows.M, weight.tile), workspace, op);
+
+  GemmJob job{weight.view, {}, {out, N, element, prepare_bias(op, isa, bias, N, scratch)}};
+  const RowSource source{rows.data, element, rows.stride, K, weight.perm, nullptr};
+  // fp32 rows that need no padding and no gather are read where they are.
+  const bool direct =
+      element == Element::kFloat32 && weight.perm == nullptr && K == weight.tile.K_padded;
+  float* values =
+      direct ? nullptr
+             : scratch.take<float>(std::min<int64_t>(rows.M, kMaxRows) * weight.tile.K_padded);
+  run_gemm(row, isa, job, rows.M, [&](int64_t m0, Activations& a) {
+    if (direct) {
+      a.values = reinterpret_cast<const float*>(rows.data) + m0 * rows.stride;
+      a.stride = rows.stride;
+      return;
+    }
+    a.values = values;
+    a.stride = weight.tile.K_padded;
+    parallel_items(a.M, K, [&](int64_t begin, int64_t end) {
+      isa.load_rows(source, m0 + begin, m0 + end, values + begin * a.stride, a.stride);
+    });
+  });
+}
+
+Tensor gemm(const Tensor& x, const Tensor& w, const OptionalTensor& bias, int64_t N, int64_t K,
+            int64_t desc, int64_t flags) {
+  const char* op = "lowbit::gemm";
+  const Rows rows = rows_of(op, "x", x);
+  const Element element = float_element(op, "x", x);
+  LOWBIT_CHECK(N >= 1, op, ": N=", N, " is not positive");
+  Tensor out = empty_cpu(with_last(x, N), x.scalar_type());
+  gemm_into(op, x, w, bias, N, K, desc, flags, rows, element, out.mutable_data_ptr(), {});
+  return out;
+}
+
+void gemm_out(const Tensor& x, const Tensor& w, const OptionalTensor& bias, int64_t N, int64_t K,
+              int64_t desc, int64_t flags, const Tensor& out, const OptionalTensor& workspace) {
+  const char* op = "lowbit::gemm_out";
+  const Rows rows = rows_of(op, "x", x);
+  const Element element = float_element(op, "x", x);
+  check_out(op, out, x, N);
+  check_dtype(op, "out", out, x.scalar_type());
+  gemm_into(op, x, w, bias, N, K, desc, flags, rows, element, out.mutable_data_ptr(), workspace);
+}
+
+// ---- gemm_a8 -------------------------------------------------------------------------------------------------------
+
+struct QuantizedRows {
+  Rows rows;
+  Element element;       // int8 or fp8
+  const float* scales;   // [M, groups]
+  int64_t groups;        // 1, or ceil(K / 128)
+  const int32_t* zeros;  // [M], or null
+};
+
+QuantizedRows check_quantized(const char* op, const Tensor& xq, const Tensor& x_scales,
+                              const OptionalTensor& x_zeros, int64_t K) {
+  QuantizedRows q{rows_of(op, "xq", xq), Element::kInt8, nullptr, 1, nullptr};
+  const ScalarType dtype = xq.scalar_type();
+  LOWBIT_CHECK(dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn, op, ": xq is ",
+               dtype_name(dtype), ", expected int8 or float8_e4m3fn");
+  if (dtype == ScalarType::Float8_e4m3fn) q.element = Element::kFp8E4m3;
+  check_columns(op, "xq", xq, q.rows.K, "K", K);
+  LOWBIT_CHECK(x_scales.dim() >= 1, op,
+               ": x_scales is a scalar, expected shape [..., 1] or [..., ceil(K / 128)]");
+  q.groups = x_scales.size(x_scales.dim() - 1);
+  LOWBIT_CHECK(q.groups == 1 || q.groups == div_up(K, 128), op, ": x_scales of shape ",
+               shape_string(x_scales), " has neither one scale per row nor one per 128 of K=", K,
+               " in its last dimension");
+  check_plain(op, "x_scales", x_scales, ScalarType::Float, with_last(xq, q.groups));
+  q.scales = const_data_of<float>(x_scales);
+  if (x_zeros.has_value()) {
+    LOWBIT_CHECK(q.element == Element::kInt8, op, ": x_zeros are given with ", dtype_name(dtype),
+                 " activations, which have none");
+    check_plain(op, "x_zeros", *x_zeros, ScalarType::Int, with_last(xq, 1));
+    q.zeros = const_data_of<int32_t>(*x_zeros);
+  }
+  return q;
+}
+
+// (xq - zero) * scale as fp32, gathered and padded: for the kernels that multiply floats.
+void load_dequantized(const QuantizedRows& q, const int32_t* perm, int64_t m, float* to,
+                      int64_t stride) {
+  const int64_t K = q.rows.K;
+  const uint8_t* row = q.rows.data + m * q.rows.stride;
+  const float* scales = q.scales + m * q.groups;
+  const float* table = fp8_e4m3_code().data();
+  const float zero = q.zeros == nullptr ? 0.0f : static_cast<float>(q.zeros[m]);
+  for (int64_t j = 0; j < K; ++j) {
+    const int64_t k = perm == nullptr ? j : perm[j];
+    const float value = q.element == Element::kInt8
+                            ? static_cast<float>(static_cast<int8_t>(row[k])) - zero
+                            : table[row[k]];
+    to[j] = value * scales[q.groups == 1 ? 0 : k / 128];
+  }
+  std::fill(to + K, to + stride, 0.0f);
+}
+
+// int8 codes, gathered and padded, and their sums per segment of K.
+void load_codes(const QuantizedRows& q, const PackedWeight& weight, const Activations& shape,
+                int64_t m, int8_t* to, int32_t* sums) {
+  const int64_t K = q.rows.K;
+  const int8_t* row = reinterpret_cast<const int8_t*>(q.rows.data) + m * q.rows.stride;
+  for (int64_t j = 0; j < K; ++j) to[j] = row[weight.perm == nullptr ? j : weight.perm[j]];
+  std::fill(to + K, to + shape.stride, int8_t{0});
+  for (int64_t g = 0; g < weight.view.groups; ++g) {
+    const int64_t group_end = std::min((g + 1) * weight.view.group_size, K);
+    for (int64_t s = 0; s < shape.segments_per_group; ++s) {
+      const int64_t begin = std::min(g * weight.view.group_size + s * shape.segment, group_end);
+      const int64_t end = std::min(begin + shape.segment, group_end);
+      int32_t sum = 0;
+      for (int64_t k = begin; k < end; ++k) sum += to[k];
+      sums[g * shape.segments_per_group + s] = sum;
+    }
+  }
+}
+
+void gemm_a8_into(const char* op, const Tensor& xq, const Tensor& x_scales,
+                  const OptionalTensor& x_zeros, const Tensor& w, const OptionalTensor& bias,
+                  int64_t N, int64_t K, int64_t desc, int64_t flags, Element out_element, void* out,
+                  const OptionalTensor& workspace) {
+  const PackedWeight weight(op, w, N, K, desc);
+  const QuantizedRows q = check_quantized(op, xq, x_scales, x_zeros, K);
+  check_bias(op, bias, N);
+  check_flags(op, flags);
+  const int64_t M = q.rows.M;
+  if (M == 0) return;
+  const IsaKernels& isa = kernels();
+  const KernelRow& row =
+      choose(op, {Op::kGemmA8, M, N, K, weight.desc, q.element, q.groups != 1, flags}, weight, isa);
+  const int64_t stride = weight.tile.K_padded;
+  const int64_t chunk = std::min<int64_t>(M, kMaxRows);
+  Scratch scratch(gemm_scratch_bytes(M, weight.tile), workspace, op);
+  GemmJob job{weight.view, {}, {out, N, out_element, prepare_bias(op, isa, bias, N, scratch)}};
+  job.x.stride = stride;
+  job.x.segment = int32_segment(weight.tile);
+  job.x.segments_per_group = div_up(weight.view.group_size, job.x.segment);
+  if (row.takes_codes) {
+    int8_t* codes = scratch.take<int8_t>(chunk * stride);
+    const int64_t segments = weight.view.groups * job.x.segments_per_group;
+    int32_t* sums = scratch.take<int32_t>(chunk * segments);
+    run_gemm(row, isa, job, M, [&](int64_t m0, Activations& a) {
+      a.codes = codes;
+      a.sums = sums;
+      a.scales = q.scales + m0;
+      a.zeros = q.zeros == nullptr ? nullptr : q.zeros + m0;
+      parallel_items(a.M, K, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m)
+          load_codes(q, weight, a, m0 + m, codes + m * stride, sums + m * segments);
+      });
+    });
+  } else {
+    float* values = scratch.take<float>(chunk * stride);
+    run_gemm(row, isa, job, M, [&](int64_t m0, Activations& a) {
+      a.values = values;
+      parallel_items(a.M, K, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m)
+          load_dequantized(q, weight.perm, m0 + m, values + m * stride, stride);
+      });
+    });
+  }
+}
+
+Tensor gemm_a8(const Tensor& xq, const Tensor& x_scales, const OptionalTensor& x_zeros,
+               const Tensor& w, const OptionalTensor& bias, int64_t N, int64_t K, int64_t desc,
+               int64_t flags, ScalarType out_dtype) {
+  const char* op = "lowbit::gemm_a8";
+  const Element element = float_element(op, "out_dtype", out_dtype);
+  LOWBIT_CHECK(N >= 1, op, ": N=", N, " is not positive");
+  LOWBIT_CHECK(xq.dim() >= 1, op, ": xq is a scalar, expected shape [..., K]");
+  Tensor out = empty_cpu(with_last(xq, N), out_dtype);
+  gemm_a8_into(op, xq, x_scales, x_zeros, w, bias, N, K, desc, flags, element,
+               out.mutable_data_ptr(), {});
+  return out;
+}
+
+void gemm_a8_out(const Tensor& xq, const Tensor& x_scales, const OptionalTensor& x_zeros,
+                 const Tensor& w, const OptionalTensor& bias, int64_t N, int64_t K, int64_t desc,
+                 int64_t flags, const Tensor& out, const OptionalTensor& workspace) {
+  const char* op = "lowbit::gemm_a8_out";
+  LOWBIT_CHECK(xq.dim() >= 1, op, ": xq is a scalar, expected shape [..., K]");
+  check_out(op, out, xq, N);
+  gemm_a8_into(op, xq, x_scales, x_zeros, w, bias, N, K, desc, flags, float_element(op, "out", out),
+               out.mutable_data_ptr(), workspace);
+}
+
+// ---- gemm_grad_input -----------------------------------------------------------------------------------------------
+
+// fp32 sums in packed column order -> dx in dy's dtype, columns scattered back by perm.
+void store_grad(const IsaKernels& isa, const float* from, int64_t K, const int32_t* perm,
+                Element dtype, uint8_t* to, float* original) {
+  if (perm != nullptr) {
+    for (int64_t k = 0; k < K; ++k) original[perm[k]] = from[k];
+    from = original;
+  }
+  isa.store_row(from, K, dtype, to);
+}
+
+Tensor gemm_grad_input(const Tensor& dy, const Tensor& w, int64_t N, int64_t K, int64_t desc,
+                       int64_t flags) {
+  const char* op = "lowbit::gemm_grad_input";
+  const Rows rows = rows_of(op, "dy", dy);
+  const Element element = float_element(op, "dy", dy);
+  const PackedWeight weight(op, w, N, K, desc);
+  check_columns(op, "dy", dy, rows.K, "N", N);
+  check_flags(op, flags);
+  Tensor dx = empty_cpu(with_last(dy, K), dy.scalar_type());
+  if (rows.M == 0) return dx;
+  const IsaKernels& isa = kernels();
+  const KernelRow& row =
+      choose(op, {Op::kGradInput, rows.M, N, K, weight.desc, element, false, flags}, weight, isa);
+  const CpuTile16& tile = weight.tile;
+  const int64_t N_padded = tile.strips * kTileRows, chunk = std::min<int64_t>(rows.M, kMaxRows);
+  Scratch scratch(scratch_bytes(chunk * N_padded, 4) + 2 * scratch_bytes(chunk * tile.K_padded, 4),
+                  {}, op);
+  float* dy_rows = scratch.take<float>(chunk * N_padded);
+  float* sums = scratch.take<float>(chunk * tile.K_padded);
+  float* original = scratch.take<float>(chunk * tile.K_padded);
+  const RowSource source{rows.data, element, rows.stride, N, nullptr, nullptr};
+  const int64_t element_size = element == Element::kFloat32 ? 4 : 2;
+  uint8_t* out = data_of<uint8_t>(dx);
+  for (int64_t m0 = 0; m0 < rows.M; m0 += kMaxRows) {
+    const int64_t count = std::min<int64_t>(kMaxRows, rows.M - m0);
+    parallel_items(count, N, [&](int64_t begin, int64_t end) {
+      isa.load_rows(source, m0 + begin, m0 + end, dy_rows + begin * N_padded, N_padded);
+    });
+    const GradJob job{weight.view, count, dy_rows, sums};
+    parallel_items(div_up(tile.K_padded, kGradColumns), count * N_padded * kGradColumns,
+                   [&](int64_t begin, int64_t end) { row.grad(isa, job, begin, end); });
+    parallel_items(count, K, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        store_grad(isa, sums + m * tile.K_padded, K, weight.perm, element,
+                   out + (m0 + m) * K * element_size, original + m * tile.K_padded);
+      }
+    });
+  }
+  return dx;
+}
+
+}  // namespace
+
+LOWBIT_IMPL(CPU, m) {
+  m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("gemm_out", TORCH_BOX(&gemm_out));
+  m.impl("linear", TORCH_BOX(&gemm));
+  m.impl("gemm_grad_input", TORCH_BOX(&gemm_grad_input));
+  m.impl("gemm_a8", TORCH_BOX(&gemm_a8));
+  m.impl("gemm_a8_out", TORCH_BOX(&gemm_a8_out));
+}
+
+}  // namespace lowbit

@@ -1,0 +1,230 @@
+// quantize, dequantize, pack, unpack on the CPU.
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/weight.h"
+#include "formats/format_table.h"
+#include "op_namespace.h"
+
+namespace lowbit {
+namespace {
+
+Tensor absent(ScalarType dtype) { return empty_cpu({0}, dtype); }
+
+// ---- quantize ------------------------------------------------------------------------------------------------------
+
+struct Quantizer {
+  const IsaKernels& isa;
+  CanonicalShape shape;
+  RowSource weight;
+  const float* importance;
+  QuantizeJob job;  // what all groups share
+  uint8_t *packed, *scales, *zeros;
+
+  // Rows that share scales: one row, or a block row of 128.
+  void rows(int64_t row_begin, int64_t row_end, int64_t scale_row) const {
+    const int64_t count = row_end - row_begin, K = shape.K;
+    std::vector<float> values(static_cast<size_t>(count * K));
+    std::vector<uint8_t> codes(static_cast<size_t>(count * K));
+    isa.load_rows(weight, row_begin, row_end, values.data(), K);
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const int64_t k0 = g * shape.group_size, k1 = std::min(k0 + shape.group_size, K);
+      QuantizeJob one = job;
+      one.scale = scales + (scale_row * shape.groups + g) * shape.scale_bytes;
+      one.zero =
+          zeros == nullptr ? nullptr : zeros + (scale_row * shape.groups + g) * shape.zero_bytes;
+      if (count == 1) {
+        one.values = values.data() + k0;
+        one.importance = importance == nullptr ? nullptr : importance + k0;
+        one.count = k1 - k0;
+        one.codes = codes.data() + k0;
+        isa.quantize_group(one);
+      } else {
+        block(one, values.data(), codes.data(), count, k0, k1);
+      }
+    }
+    for (int64_t r = 0; r < count; ++r)
+      pack_row(codes.data() + r * K, K, shape.bits, packed + (row_begin + r) * shape.row_bytes);
+  }
+
+  // A two-dimensional block as one group: gathered, quantized, scattered.
+  void block(QuantizeJob& one, const float* values, uint8_t* codes, int64_t rows, int64_t k0,
+             int64_t k1) const {
+    const int64_t width = k1 - k0;
+    std::vector<float> gathered(static_cast<size_t>(rows * width)), weights;
+    std::vector<uint8_t> found(gathered.size());
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy_n(values + r * shape.K + k0, width, gathered.data() + r * width);
+    if (importance != nullptr) {
+      for (int64_t r = 0; r < rows; ++r)
+        weights.insert(weights.end(), importance + k0, importance + k1);
+      one.importance = weights.data();
+    }
+    one.values = gathered.data();
+    one.count = rows * width;
+    one.codes = found.data();
+    isa.quantize_group(one);
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy_n(found.data() + r * width, width, codes + r * shape.K + k0);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_bits, bool search,
+                                            const OptionalTensor& importance) {
+  const char* op = "lowbit::quantize";
+  LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
+               ", expected [N, K]");
+  const Rows w = rows_of(op, "weight", weight);
+  const Element element = float_element(op, "weight", weight);
+  const Desc desc = decode_desc(desc_bits);
+  LOWBIT_CHECK(!desc.has_perm, op,
+               ": desc has a perm; quantize the permuted weight and give the perm to pack");
+  const CanonicalShape shape = canonical_shape(w.M, w.K, desc);
+  if (importance.has_value()) check_plain(op, "importance", *importance, ScalarType::Float, {w.K});
+  const FormatInfo& info = format_info(desc.format);
+
+  Tensor packed = empty_cpu({shape.N, shape.row_bytes}, ScalarType::Byte);
+  Tensor scales = empty_cpu(scales_shape(shape), scale_scalar_type(desc.scale_dtype));
+  Tensor zeros = desc.zero_kind == ZeroKind::kNone
+                     ? absent(ScalarType::Byte)
+                     : empty_cpu({shape.N, shape.groups}, zeros_scalar_type(desc));
+
+  Quantizer q{kernels(),
+              shape,
+              {w.data, element, w.stride, w.K, nullptr, nullptr},
+              nullptr,
+              {},
+              data_of<uint8_t>(packed),
+              data_of<uint8_t>(scales),
+              nullptr};
+  if (importance.has_value()) q.importance = const_data_of<float>(*importance);
+  if (desc.zero_kind != ZeroKind::kNone) q.zeros = data_of<uint8_t>(zeros);
+  q.job.format = desc.format;
+  q.job.zero_kind = desc.zero_kind;
+  q.job.scale_dtype = desc.scale_dtype;
+  q.job.bits = info.bits;
+  q.job.search = search;
+  q.job.max = info.max;
+  q.job.code = info.code;
+
+  const int64_t tall = shape.scale_rows == shape.N ? 1 : 128;  // rows that share scales
+  parallel_items(div_up(shape.N, tall), tall * shape.K * (search ? 64 : 1),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t r = begin; r < end; ++r)
+                     q.rows(r * tall, std::min((r + 1) * tall, shape.N), r);
+                 });
+  return {packed, scales, zeros};
+}
+
+// ---- dequantize ----------------------------------------------------------------------------------------------------
+
+void dequantize_into(const CanonicalTensors& c, Element dtype, uint8_t* out) {
+  const CanonicalShape& s = c.shape;
+  const IsaKernels& isa = kernels();
+  const int64_t element_size = dtype == Element::kFloat32 ? 4 : 2;
+  parallel_items(s.N, s.K, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> codes(static_cast<size_t>(s.K));
+    std::vector<float> values(static_cast<size_t>(s.K)),
+        original(c.data.perm != nullptr ? values.size() : 0);
+    DequantizeJob job{codes.data(),
+                      nullptr,
+                      nullptr,
+                      s.K,
+                      s.group_size,
+                      c.desc.zero_kind,
+                      c.desc.scale_dtype,
+                      s.bits,
+                      format_info(c.desc.format).code,
+                      values.data()};
+    for (int64_t n = begin; n < end; ++n) {
+      unpack_row(c.data.packed + n * s.row_bytes, s.K, s.bits, codes.data());
+      job.scales = c.data.scales + s.scale_row(n) * s.groups * s.scale_bytes;
+      job.zeros = c.data.zeros + n * s.groups * s.zero_bytes;
+      isa.dequantize_row(job);
+      const float* row = values.data();
+      if (c.data.perm != nullptr) {
+        for (int64_t k = 0; k < s.K; ++k)
+          original[static_cast<size_t>(c.data.perm[k])] = values[static_cast<size_t>(k)];
+        row = original.data();
+      }
+      isa.store_row(row, s.K, dtype, out + n * s.K * element_size);
+    }
+  });
+}
+
+Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+                  const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
+                  ScalarType out_dtype) {
+  const char* op = "lowbit::dequantize";
+  const CanonicalTensors c(op, packed, scales, zeros, perm, N, K, desc);
+  const Element element = float_element(op, "out_dtype", out_dtype);
+  Tensor out = empty_cpu({N, K}, out_dtype);
+  dequantize_into(c, element, data_of<uint8_t>(out));
+  return out;
+}
+
+void dequantize_out(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+                    const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
+                    const Tensor& out) {
+  const char* op = "lowbit::dequantize_out";
+  const CanonicalTensors c(op, packed, scales, zeros, perm, N, K, desc);
+  const Element element = float_element(op, "out", out);
+  check_plain(op, "out", out, out.scalar_type(), {N, K});
+  dequantize_into(c, element, data_of<uint8_t>(out));
+}
+
+// ---- pack, unpack --------------------------------------------------------------------------------------------------
+
+Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc) {
+  const char* op = "lowbit::pack";
+  const CanonicalTensors c(op, packed, scales, zeros, perm, N, K, desc);
+  LOWBIT_CHECK(c.desc.layout == Layout::kCpuTile16, op, ": desc asks for layout ",
+               name_of(c.desc.layout), ", the CPU packs ", name_of(Layout::kCpuTile16));
+  const CpuTile16 tile = cpu_tile16(N, K, c.desc);
+  Tensor out = empty_cpu({tile.total_bytes}, ScalarType::Byte);
+  uint8_t* to = data_of<uint8_t>(out);
+  parallel_items(tile.strips, tile.K_padded * kTileRows, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> scratch(static_cast<size_t>(tile.K_padded * kTileRows));
+    for (int64_t strip = begin; strip < end; ++strip)
+      pack_strip(tile, c.data, strip, to + strip * tile.strip_bytes, scratch.data());
+  });
+  if (c.data.perm != nullptr)
+    std::copy_n(reinterpret_cast<const uint8_t*>(c.data.perm), 4 * K, to + tile.perm_offset);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, int64_t K,
+                                                  int64_t desc) {
+  const PackedWeight weight("lowbit::unpack", w, N, K, desc);
+  const CpuTile16& tile = weight.tile;
+  const CanonicalShape& s = tile.shape;
+  Tensor packed = empty_cpu({N, s.row_bytes}, ScalarType::Byte);
+  Tensor scales = empty_cpu(scales_shape(s), scale_scalar_type(weight.desc.scale_dtype));
+  Tensor zeros = s.zero_bytes == 0 ? absent(ScalarType::Byte)
+                                   : empty_cpu({N, s.groups}, zeros_scalar_type(weight.desc));
+  Tensor perm = s.has_perm ? empty_cpu({K}, ScalarType::Int) : absent(ScalarType::Int);
+  const CanonicalMutable to{data_of<uint8_t>(packed), data_of<uint8_t>(scales),
+                            data_of<uint8_t>(zeros), nullptr};
+  parallel_items(tile.strips, tile.K_padded * kTileRows, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> scratch(static_cast<size_t>(tile.K_padded));
+    for (int64_t strip = begin; strip < end; ++strip)
+      unpack_strip(tile, weight.view.data + strip * tile.strip_bytes, strip, to, scratch.data());
+  });
+  if (s.has_perm) std::copy_n(weight.perm, K, data_of<int32_t>(perm));
+  return {packed, scales, zeros, perm};
+}
+
+}  // namespace
+
+LOWBIT_IMPL(CPU, m) {
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("dequantize_out", TORCH_BOX(&dequantize_out));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+}
+
+}  // namespace lowbit

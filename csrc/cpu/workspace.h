@@ -1,0 +1,22 @@
+// How much scratch memory an op needs: pure functions, asked by the ops and by callers who bring a workspace.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/check.h"
+#include "packing/cpu_tile16.h"
+
+namespace lowbit {
+
+// The longest stretch of K whose int32 sum of (xq - zero) * (q - zero) cannot overflow: 255 * 255 * 32768 < 2^31.
+int64_t int32_segment(const CpuTile16& tile);
+
+// For gemm and gemm_a8, whichever kernel is chosen and whatever the dtypes: one chunk of prepared rows, and bias.
+int64_t gemm_scratch_bytes(int64_t M, const CpuTile16& tile);
+
+// Bytes of a uint8 workspace tensor for op "gemm_out" or "gemm_a8_out".
+LOWBIT_API int64_t workspace_size(const std::string& op, int64_t M, int64_t N, int64_t K,
+                                  int64_t desc);
+
+}  // namespace lowbit

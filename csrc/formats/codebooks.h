@@ -1,0 +1,74 @@
+// The decoded value of every code of the non-integer formats.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace lowbit {
+
+// NF4: the 16 quantiles of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
+inline constexpr std::array<float, 16> kNf4Code = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+// FP4 E2M1 (OCP Microscaling Formats v1.0, 5.3.3): bit 3 is the sign.
+inline constexpr std::array<float, 16> kFp4Code = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,
+                                                   4.0f,  6.0f,  -0.0f, -0.5f, -1.0f, -1.5f,
+                                                   -2.0f, -3.0f, -4.0f, -6.0f};
+
+// A sign bit, `exponent_bits` and `mantissa_bits`, IEEE-style subnormals. E4M3 (OCP OFP8 v1.0) has no infinity and
+// one NaN per sign (all ones); E5M2 has both, as IEEE.
+template <int kExponentBits, int kMantissaBits, bool kIeee>
+std::array<float, 256> make_fp8_code() {
+  static_assert(kExponentBits + kMantissaBits == 7, "fp8 has a sign and seven bits");
+  constexpr int bias = (1 << (kExponentBits - 1)) - 1;
+  constexpr int top = (1 << kExponentBits) - 1;
+  std::array<float, 256> code{};
+  for (int q = 0; q < 256; ++q) {
+    const int exponent = (q >> kMantissaBits) & top;
+    const int mantissa = q & ((1 << kMantissaBits) - 1);
+    float value;
+    if (kIeee && exponent == top) {
+      value = mantissa == 0 ? std::numeric_limits<float>::infinity()
+                            : std::numeric_limits<float>::quiet_NaN();
+    } else if (!kIeee && (q & 0x7f) == 0x7f) {
+      value = std::numeric_limits<float>::quiet_NaN();
+    } else if (exponent == 0) {
+      value = std::ldexp(static_cast<float>(mantissa), 1 - bias - kMantissaBits);
+    } else {
+      value = std::ldexp(static_cast<float>(mantissa + (1 << kMantissaBits)),
+                         exponent - bias - kMantissaBits);
+    }
+    code[static_cast<size_t>(q)] = (q & 0x80) ? -value : value;
+  }
+  return code;
+}
+
+inline const std::array<float, 256>& fp8_e4m3_code() {
+  static const std::array<float, 256> code = make_fp8_code<4, 3, false>();
+  return code;
+}
+
+inline const std::array<float, 256>& fp8_e5m2_code() {
+  static const std::array<float, 256> code = make_fp8_code<5, 2, true>();
+  return code;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,29 @@
+// What an element is: one row per format. Everything that must know how wide a code is or what it means reads this
+// table: packing, quantizer, kernels' selection, tests, benches and the docs' support matrix.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/desc.h"
+
+namespace lowbit {
+
+struct FormatInfo {
+  Format format;
+  const char* name;
+  int bits;
+  bool is_integer;  // w = (q - zero) * scale; otherwise w = code[q] * scale
+  float max;  // the magnitude that round-to-nearest maps a group's absmax to (scale = absmax / max)
+  const float* code;  // [2^bits] decoded values; nullptr for integers
+};
+
+const std::vector<FormatInfo>& format_table();
+
+// Throws Error when there is no such row.
+const FormatInfo& format_info(Format format);
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+}  // namespace lowbit
