@@ -68,7 +68,12 @@ def test_overrides_first_match_wins() -> None:
     quantize_(
         model,
         "int4-g32",
-        overrides={"layers.0.down": "int8", "*.down": Scheme("int6", 32), "re:layers\\.0\\..*": None, "layers.?.up": "nf4-g64"},
+        overrides={
+            "layers.0.down": "int8",
+            "*.down": Scheme("int6", 32),
+            "re:layers\\.0\\..*": None,
+            "layers.?.up": "nf4-g64",
+        },
     )
     assert quantized(model) == {"layers.0.down": "int8", "layers.1.down": "int6-g32", "layers.1.up": "nf4-g64"}
 
@@ -228,7 +233,7 @@ def test_large_parameters_left_unquantized_are_listed_with_the_reason() -> None:
     overrides = {"layers.0.up": None}
     report = quantize_(model, "int4-g32", overrides=overrides, filter_fn=lambda name, _: name != "layers.1.up")
     assert {(s.name, s.reason, s.chosen) for s in report.skipped} == {
-        ("table", "not the weight of a linear layer", False),
+        ("table", "Extra is not nn.Linear", False),
         ("embed.weight", "an embedding", False),
         ("conv.weight", "Conv1d is not nn.Linear", False),
         ("lm_head.weight", "an output layer; name it in overrides to quantize it", False),
@@ -259,7 +264,9 @@ def test_report_numbers() -> None:
     for row in report.layers:
         module = model.get_submodule(row.name)
         made = module.quantized_weight().dequantize()
-        assert row.relative_error == pytest.approx(float((made - dense[row.name]).norm() / dense[row.name].norm()), rel=1e-5)
+        assert row.relative_error == pytest.approx(
+            float((made - dense[row.name]).norm() / dense[row.name].norm()), rel=1e-5
+        )
         assert row.sqnr_db == pytest.approx(-20 * torch.tensor(row.relative_error).log10().item(), rel=1e-5)
         assert row.shape == tuple(dense[row.name].shape)
         assert (row.bytes_before, row.bytes_after) == (dense[row.name].nbytes, module.weight.nbytes)
@@ -289,7 +296,15 @@ def test_zeros_have_no_error() -> None:
 
 def test_bytes_for_people() -> None:
     sizes = [0, 999, 1000, 999_949, 999_950, 5_000_000_000, 10**18]
-    assert [format_bytes(n) for n in sizes] == ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "5.0 GB", "1000000.0 TB"]
+    assert [format_bytes(n) for n in sizes] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "999.9 kB",
+        "1.0 MB",
+        "5.0 GB",
+        "1000000.0 TB",
+    ]
 
 
 # -- importance, memory, progress ----------------------------------------------------------------------------------------------

@@ -11,9 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit import QuantizedLinear, QuantizedWeight, Scheme, _C
+from lowbit import _C, QuantizedLinear, QuantizedWeight, Scheme
 
-SCHEMES = ["int4-g32", "int3-g16-offset", "int4-g32-asym", "int5-g8-fzero", "int8", "fp8", "fp8-b128", "nf4-g64", "fp4-g32"]
+SCHEMES = [
+    "int4-g32",
+    "int3-g16-offset",
+    "int4-g32-asym",
+    "int5-g8-fzero",
+    "int8",
+    "fp8",
+    "fp8-b128",
+    "nf4-g64",
+    "fp4-g32",
+]
 A8_SCHEMES = ["int8-a8", "int4-g32-a8", "int8-aint8_asym", "fp8-a8", "fp8-b128-a8", "nf4-g64-a8"]
 
 
@@ -62,7 +72,9 @@ def test_activation_schemes(text: str) -> None:
     module = layer(text)
     x = inputs(6, 128)
     error = (module(x).double() - reference(module, x)).norm() / reference(module, x).norm()
-    assert 0 < float(error) < (0.05 if "fp8" in module.scheme.activation else 0.02)  # quantized inputs: close, not equal
+    assert (
+        0 < float(error) < (0.05 if "fp8" in module.scheme.activation else 0.02)
+    )  # quantized inputs: close, not equal
 
 
 def test_static_activations_and_pre_scale() -> None:
@@ -103,7 +115,7 @@ def test_bias_is_checked() -> None:
 
 
 def test_errors_hold_the_values() -> None:
-    with pytest.raises(RuntimeError, match=r"K=100 .*K=128"):
+    with pytest.raises((RuntimeError, ValueError), match=r"K=100 .*K=128"):
         layer()(torch.zeros(2, 100))
     with pytest.raises(RuntimeError, match=r"call prepare\(\)"):
         QuantizedLinear(128, 48)(torch.zeros(2, 128))
@@ -261,7 +273,10 @@ def test_loading_within_a_model_with_assign_from_a_file() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight_packed": torch.zeros(48, 63, dtype=torch.uint8)}, r"packed .* \[48, 64\], got torch.uint8 \[48, 63\]"),
+        (
+            {"weight_packed": torch.zeros(48, 63, dtype=torch.uint8)},
+            r"packed .* \[48, 64\], got torch.uint8 \[48, 63\]",
+        ),
         ({"weight_scales": None}, "Missing key.*weight_scales"),
         ({"weight_zeros": torch.zeros(48, 4, dtype=torch.uint8)}, "has no zeros"),
         ({"extra": torch.zeros(1)}, "Unexpected key.*extra"),
@@ -270,7 +285,10 @@ def test_loading_within_a_model_with_assign_from_a_file() -> None:
         ({"bias": None}, "Missing key.*bias"),
         ({"input_scale": torch.ones(1)}, "input_scale does not go with scheme int4-g32"),
         ({"weight_scales": torch.full((48, 4), torch.inf, dtype=torch.bfloat16)}, "scales: 192 values are not finite"),
-        ({"weight_scheme": torch.tensor(list(b"nf4-g32"), dtype=torch.uint8)}, "of scheme nf4-g32, the module is int4-g32"),
+        (
+            {"weight_scheme": torch.tensor(list(b"nf4-g32"), dtype=torch.uint8)},
+            "of scheme nf4-g32, the module is int4-g32",
+        ),
         ({"weight_scheme": torch.tensor([255], dtype=torch.uint8)}, "unknown format"),
     ],
 )
@@ -365,29 +383,66 @@ def test_bytes_moved_by_offload_hooks_are_valid_again_when_back() -> None:
     assert module.prepare().layout == layout
 
 
-def test_bytes_of_another_layout_are_repacked_by_prepare() -> None:
+def _second_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that layout 99 exists, and that this device's kernels read it: the bytes of the real one, backwards."""
+    real = layer().layout
+    pack, unpack, desc = QuantizedWeight.pack, QuantizedWeight.unpack, Scheme.desc
+
+    def pack_99(self: QuantizedWeight, layout: int, device: object) -> torch.Tensor:
+        return pack(self, real, device).flip(0) if layout == 99 else pack(self, layout, device)
+
+    def unpack_99(weight: torch.Tensor, scheme: Scheme, shape: object, layout: int, perm: bool) -> QuantizedWeight:
+        return (
+            unpack(weight.flip(0), scheme, shape, real, perm)
+            if layout == 99
+            else unpack(weight, scheme, shape, layout, perm)
+        )
+
+    monkeypatch.setattr(QuantizedWeight, "pack", pack_99)
+    monkeypatch.setattr(QuantizedWeight, "unpack", unpack_99)
+    monkeypatch.setattr(
+        Scheme, "desc", lambda self, layout=0, perm=False: desc(self, real if layout == 99 else layout, perm)
+    )
+    monkeypatch.setattr("lowbit.linear.preferred_layout", lambda *args: 99)
+    monkeypatch.setattr("lowbit.linear.device_layout", lambda *args: 99)
+
+
+def test_bytes_of_another_layout_are_repacked_by_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
     module = layer("int4-g32-asym", perm=True)
-    weight, expected = module.quantized_weight(), module(inputs(2, 128))
-    module.weight = nn.Parameter(weight.pack(0), requires_grad=False)
-    module._set_layout(0)
-    with pytest.raises(RuntimeError, match="call prepare"):
-        module(inputs(2, 128))
-    assert module.quantized_weight() == weight
-    assert "not prepared" in repr(module)
-    module.prepare()
+    weight, expected, before = module.quantized_weight(), module(inputs(2, 128)), module.weight.clone()
+    with monkeypatch.context() as patch:
+        _second_layout(patch)
+        assert module.quantized_weight() == weight  # still in the layout it came in
+        assert module.prepare().layout == 99
+        assert torch.equal(module.weight, before.flip(0))
+        assert module.quantized_weight() == weight
+        assert torch.equal(module.state_dict()["weight_packed"], weight.packed)
+        other = QuantizedLinear(128, 48, True, "int4-g32-asym", device="meta")
+        other.load_state_dict(module.state_dict(), assign=True)
+        assert other.layout == 99
+        patch.setattr("lowbit.linear.preferred_layout", lambda *args: 1)
+        assert module.prepare().layout == 1
+    assert torch.equal(module.weight, before)
     assert torch.equal(module(inputs(2, 128)), expected)
 
 
-def test_to_repacks_for_the_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device whose kernels read another layout, played by the meta device's name in preferred_layout."""
-    module = layer()
-    weight = module.quantized_weight()
+def test_moving_to_a_device_without_kernels_keeps_the_bytes() -> None:
+    module = layer("int4-g32-asym", perm=True)
     moved = copy.deepcopy(module).to("meta")
     assert moved.weight.is_meta
-    assert moved.layout == module.layout  # bytes that are not there keep their layout
-    monkeypatch.setattr("lowbit.linear.preferred_layout", lambda *args: 0)
-    assert module.prepare().layout == 0
-    assert module.quantized_weight() == weight
+    assert moved.layout == module.layout
+    assert moved.state_dict()["weight_perm"].is_meta
+    with pytest.raises(RuntimeError, match="meta device"):
+        moved.quantized_weight()
+
+
+def test_a_fresh_module_has_a_state_dict_to_fill() -> None:
+    module, other = layer("int4-g32-asym"), QuantizedLinear(128, 48, True, "int4-g32-asym")
+    state = other.state_dict()
+    for name, tensor in module.state_dict().items():
+        state[name].copy_(tensor)
+    other.load_state_dict(state)
+    assert torch.equal(other(inputs(2, 128)), module(inputs(2, 128)))
 
 
 def test_repr() -> None:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import lowbit
-from lowbit import QuantizedWeight, Scheme, _C
+from lowbit import _C, QuantizedWeight, Scheme
 
 SCHEMES = ["int2-g8", "int3-g16-offset", "int4-g32", "int4-g64-asym", "int5-g8-fzero", "int6", "int8", "int8-g64-asym",
            "fp8", "fp8-b128", "fp8_e5m2-g32", "fp4-g32", "nf4-g64-fp32", "nf4-g64-fp16"]  # fmt: skip
-LAYOUTS = sorted(_C.enums()["layout"].values())
+# Layouts that kernels read: all but the canonical one, which is several tensors.
+LAYOUTS = [value for name, value in _C.enums()["layout"].items() if name.startswith("cpu")]
 
 
 def random_weight(N: int, K: int, seed: int = 0) -> torch.Tensor:
@@ -44,12 +45,12 @@ def test_error_is_within_one_step(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", SCHEMES)
-def test_quantizing_what_was_dequantized_is_stable(text: str) -> None:
+def test_quantizing_is_deterministic(text: str) -> None:
     first = quantized(f"{text}-rtn" if Scheme.parse(text).search else text)
     assert QuantizedWeight.quantize(random_weight(24, 128), first.scheme) == first
 
 
-@pytest.mark.parametrize(("text", "perm"), itertools.product(SCHEMES, [False, True]))
+@pytest.mark.parametrize(("text", "perm"), list(itertools.product(SCHEMES, [False, True])))
 def test_pack_and_unpack_are_inverse(text: str, perm: bool) -> None:
     for N, K in ((24, 128), (17, 136), (1, 64)):
         w = quantized(text, N, K, perm=perm)
@@ -62,8 +63,10 @@ def test_pack_and_unpack_are_inverse(text: str, perm: bool) -> None:
 
 def test_unpack_refuses_another_size() -> None:
     w = quantized("int4-g32")
-    with pytest.raises(RuntimeError, match="unpack"):
-        QuantizedWeight.unpack(w.pack()[:-1], w.scheme, w.shape, 1)
+    with pytest.raises((RuntimeError, ValueError), match=r"unpack: w has shape"):
+        QuantizedWeight.unpack(w.pack()[:-1], w.scheme, w.shape, LAYOUTS[0])
+    with pytest.raises((RuntimeError, ValueError), match="layout canonical"):
+        w.pack(0)
 
 
 @pytest.mark.parametrize("text", ["int4-g32", "int5-g8-fzero", "fp8-b128", "int3-g16-offset"])
@@ -113,7 +116,10 @@ def test_quantize_refuses_importance(importance: torch.Tensor, message: str) -> 
     ("changes", "message"),
     [
         ({"packed": None}, "needs packed and scales"),
-        ({"packed": torch.zeros(24, 63, dtype=torch.uint8)}, r"packed of .* uint8 \[24, 64\], got torch.uint8 \[24, 63\]"),
+        (
+            {"packed": torch.zeros(24, 63, dtype=torch.uint8)},
+            r"packed of .* torch.uint8 \[24, 64\], got torch.uint8 \[24, 63\]",
+        ),
         ({"packed": torch.zeros(24, 64, dtype=torch.int8)}, "got torch.int8"),
         ({"scales": torch.zeros(24, 4)}, "must be torch.bfloat16"),
         ({"scales": torch.full((24, 4), torch.nan, dtype=torch.bfloat16)}, "scales: 96 values are not finite"),
@@ -181,7 +187,7 @@ def test_cat_refuses(weights: list[QuantizedWeight], message: str) -> None:
         QuantizedWeight.cat(weights)
 
 
-@pytest.mark.parametrize(("text", "world"), itertools.product(SCHEMES, [1, 2, 4]))
+@pytest.mark.parametrize(("text", "world"), list(itertools.product(SCHEMES, [1, 2, 4])))
 def test_shards_of_k_are_bit_exact(text: str, world: int) -> None:
     w = quantized(text, 24, 512)
     shards = [w.shard(1, rank, world) for rank in range(world)]
@@ -240,7 +246,7 @@ def test_shard_of_rows_keeps_perm() -> None:
 # -- files -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "perm"), itertools.product(SCHEMES, [False, True]))
+@pytest.mark.parametrize(("text", "perm"), list(itertools.product(SCHEMES, [False, True])))
 def test_save_and_load(tmp_path: Path, text: str, perm: bool) -> None:
     w = quantized(text, 17, 136, perm=perm)
     w.save(tmp_path / "a.safetensors")

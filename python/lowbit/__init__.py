@@ -14,7 +14,8 @@ except ModuleNotFoundError as _error:
         raise
     raise ModuleNotFoundError("lowbit needs PyTorch 2.11 or later: pip install torch", name="torch") from None
 
-from lowbit import _C, ops
+from lowbit import _C as _C
+from lowbit import ops
 from lowbit._selection import can_implement, explain
 from lowbit.convert import quantize_
 from lowbit.errors import ArtifactError, FormatError

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from lowbit import _safetensors
+from lowbit._canonical import canonical_tensors
 from lowbit._progress import Advance
 from lowbit.errors import ArtifactError, FormatError
 from lowbit.scheme import Scheme
-from lowbit.weight import QuantizedWeight, canonical_tensors
+from lowbit.weight import QuantizedWeight
 
 __all__ = [
     "FORMAT_VERSION",
@@ -368,9 +369,7 @@ def _parse_file(name: str, entry: Any, where: str) -> tuple[int, str]:
     return size, sha256
 
 
-def _parse_tensor(
-    name: str, entry: Any, files: Mapping[str, Any], where: str
-) -> tuple[str, str, tuple[int, ...], str]:
+def _parse_tensor(name: str, entry: Any, files: Mapping[str, Any], where: str) -> tuple[str, str, tuple[int, ...], str]:
     label = f"{where}: tensor {name[:200]!r}"
     entry = _fields(entry, {"file", "dtype", "shape", "kind"}, label)
     file, dtype, shape, kind = entry["file"], entry["dtype"], entry["shape"], entry["kind"]
@@ -393,7 +392,8 @@ def _parse_layer(name: str, entry: Any, where: str) -> Layer:
         raise FormatError(f"{label} has an invalid has_perm")
     try:
         layer = Layer(Scheme.from_dict(entry["scheme"]), (shape[0], shape[1]), has_perm)
-        layer.specs(name)  # the shape must be one the scheme can have
+        layer.scheme.check_shape(*layer.shape)
+        layer.specs(name)  # the core has limits of its own
     except (ValueError, TypeError) as error:
         raise FormatError(f"{label}: {error}") from None
     return layer
@@ -416,7 +416,9 @@ def _check_names(manifest: Manifest, where: str) -> None:
     ):
         for name, target in aliases.items():
             if not isinstance(target, str) or target not in targets or name in targets:
-                raise FormatError(f"{where}: {kind} {name[:200]!r} refers to {str(target)[:200]!r}, which does not exist")
+                raise FormatError(
+                    f"{where}: {kind} {name[:200]!r} refers to {str(target)[:200]!r}, which does not exist"
+                )
 
 
 def read_tensors(manifest: Manifest, advance: Advance | None = None) -> dict[str, Tensor]:

@@ -127,7 +127,9 @@ def _parse_tensor(name: str, entry: Any, data_size: int, where: str) -> TensorIn
         raise FormatError(f"{label} has offsets {str(offsets)[:200]} outside the {data_size} bytes of data")
     info = TensorInfo(_DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
     if info.begin + info.nbytes != info.end:
-        raise FormatError(f"{label}: {dtype} {shape} takes {info.nbytes} bytes, the offsets {offsets} span another number")
+        raise FormatError(
+            f"{label}: {dtype} {shape} takes {info.nbytes} bytes, the offsets {offsets} span another number"
+        )
     return info
 
 
@@ -140,7 +142,9 @@ def _parse_header(raw: bytes, data_size: int, where: str) -> tuple[dict[str, Ten
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
-            raise FormatError(f"{where}: tensor {name[:200]!r} begins at {info.begin}, the one before it ends at {position}")
+            raise FormatError(
+                f"{where}: tensor {name[:200]!r} begins at {info.begin}, the one before it ends at {position}"
+            )
         position = info.end
     if position != data_size:
         raise FormatError(f"{where}: tensors take {position} bytes, the file holds {data_size}: truncated or padded")
@@ -151,7 +155,7 @@ def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise FormatError(f"{os.fspath(path)}: not a regular file")
-        return open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+        return open(path, "rb", buffering=0)  # the caller closes it
     except FileNotFoundError:
         raise ArtifactError(f"{os.fspath(path)}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lowbit._canonical import check_dense, check_importance
 from lowbit._progress import progress_bar
 from lowbit.linear import QuantizedLinear
 from lowbit.report import LayerReport, QuantizeReport, SkippedParameter
 from lowbit.scheme import Scheme
-from lowbit.weight import QuantizedWeight, check_dense, check_importance
+from lowbit.weight import QuantizedWeight
 
 __all__ = ["quantize_", "replace_module"]
 
@@ -75,7 +76,9 @@ def quantize_(
         >>> print(report)
     """
     if isinstance(model, nn.Linear):
-        raise ValueError("the model is an nn.Linear, which cannot be replaced in place: use QuantizedLinear.from_linear")
+        raise ValueError(
+            "the model is an nn.Linear, which cannot be replaced in place: use QuantizedLinear.from_linear"
+        )
     plan = _plan(model, Scheme.parse(scheme), filter_fn, dict(overrides or {}))
     modules = dict(model.named_modules())
     columns = _check(plan, modules, importance or {})
@@ -154,7 +157,9 @@ def _check_overrides(
             )
         if not found:
             some = [name for name, m in owned.items() if isinstance(m, nn.Linear)][:4]
-            raise ValueError(f"override {pattern!r} matches no layer; layers are called, for example, {', '.join(some)}")
+            raise ValueError(
+                f"override {pattern!r} matches no layer; layers are called, for example, {', '.join(some)}"
+            )
 
 
 def _unsuited(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> str | None:
@@ -192,9 +197,7 @@ def _output_layers(model: nn.Module) -> set[int]:
     return found
 
 
-def _check(
-    plan: _Plan, modules: Mapping[str, nn.Module], importance: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _check(plan: _Plan, modules: Mapping[str, nn.Module], importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every layer against its scheme, before any is touched; returns importance by layer, checked."""
     if unknown := sorted(importance.keys() - plan.schemes.keys()):
         raise ValueError(f"importance names {', '.join(unknown[:5])}, which will not be quantized")

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import _C, ops
+from lowbit._canonical import canonical_tensors, device_layout, preferred_layout
 from lowbit.scheme import Scheme, format_info
-from lowbit.weight import QuantizedWeight, canonical_tensors, preferred_layout
+from lowbit.weight import QuantizedWeight
 
 __all__ = ["QuantizedLinear"]
 
@@ -27,7 +28,7 @@ _gemm = torch.ops.lowbit.gemm.default
 _linear = torch.ops.lowbit.linear.default
 _CANONICAL: Final = 0
 _WEIGHT_PARTS: Final = ("packed", "scales", "zeros", "offsets", "perm")
-_INPUTS: Final = ("input_scale", "input_zero", "input_pre_scale")
+_INPUTS: Final[tuple[str, ...]] = ("input_scale", "input_zero", "input_pre_scale")
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -195,8 +196,10 @@ class QuantizedLinear(nn.Module):
 
     def _empty_weight(self, device: torch.device) -> None:
         self._set_layout(_CANONICAL)
-        self._filled = False
-        size = _C.packed_size(self.out_features, self.in_features, self._desc)
+        layout = device_layout(device, self.scheme, self.has_perm)
+        if layout is None:  # meta: as large as it will be on the CPU
+            layout = preferred_layout(torch.device("cpu"), self.scheme, self.has_perm)
+        size = _C.packed_size(self.out_features, self.in_features, self.scheme.desc(layout, self.has_perm))
         self.weight = _frozen(torch.empty(size, dtype=torch.uint8, device=device))
 
     def _set_weight(self, weight: QuantizedWeight, device: torch.device) -> None:
@@ -208,21 +211,29 @@ class QuantizedLinear(nn.Module):
         packed = weight.pack(layout, device)
         self.has_perm = weight.perm is not None
         self._set_layout(layout)
-        self._filled = True
         self.weight = _frozen(packed)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The weight in canonical form (a copy).
+        """The weight in canonical form (a copy), on the device of the module.
+
+        Raises:
+            RuntimeError: there is no weight yet (a fresh module, or one on the meta device).
 
         Example:
             >>> layer.quantized_weight().dequantize(torch.bfloat16)  # W [N, K]
         """
+        self._need_weight("quantized_weight()")
+        weight, device = self.weight.detach(), self.weight.device
+        if self.layout != device_layout(device, self.scheme, self.has_perm):
+            # Bytes in the layout of a device they were moved away from: only that one and the CPU can unpack them.
+            weight = weight.cpu()
         shape = (self.out_features, self.in_features)
-        if self.weight.is_meta:
-            tensors = canonical_tensors(self.scheme, *shape, has_perm=self.has_perm)
-            made = {name: torch.empty(s, dtype=d, device="meta") for name, (d, s) in tensors.items()}
-            return QuantizedWeight.from_tensors(made, self.scheme, shape)
-        return QuantizedWeight.unpack(self.weight.detach(), self.scheme, shape, self.layout, self.has_perm)
+        return QuantizedWeight.unpack(weight, self.scheme, shape, self.layout, self.has_perm).to(device)
+
+    def _need_weight(self, what: str) -> None:
+        if self.weight.is_meta or self.layout == _CANONICAL:
+            where = "is on the meta device" if self.weight.is_meta else "was never loaded"
+            raise RuntimeError(f"{what}: the weight of {self._label()} {where}: call load_state_dict")
 
     def prepare(self) -> QuantizedLinear:
         """Bring the weight into the layout that kernels of its device read; nothing happens when it is in it already.
@@ -231,20 +242,13 @@ class QuantizedLinear(nn.Module):
 
         Raises:
             RuntimeError: there is no weight yet (a fresh module, or one on the meta device).
+            ValueError: this build has no kernels for the device.
         """
-        if self.weight.is_meta or not self._filled:
-            where = "is on the meta device" if self.weight.is_meta else "was never loaded"
-            raise RuntimeError(f"prepare(): the weight {where}; call load_state_dict first")
+        self._need_weight("prepare()")
         device = self.weight.device
         if self.layout != preferred_layout(device, self.scheme, self.has_perm):
-            home = self.quantized_weight() if device.type == "cpu" else self._unpack_on_cpu()
-            self._set_weight(home, device)
+            self._set_weight(self.quantized_weight(), device)
         return self
-
-    def _unpack_on_cpu(self) -> QuantizedWeight:
-        # The bytes may be in the layout of a device they were moved away from, which only that one and the CPU unpack.
-        shape = (self.out_features, self.in_features)
-        return QuantizedWeight.unpack(self.weight.detach().cpu(), self.scheme, shape, self.layout, self.has_perm)
 
     # -- forward --------------------------------------------------------------------------------------------------------
 
@@ -255,17 +259,30 @@ class QuantizedLinear(nn.Module):
             RuntimeError: the module has not been prepared, or x does not fit; the message holds the values.
         """
         if self.layout == _CANONICAL:
-            raise RuntimeError(f"the weight of {self._label()} is not prepared: call prepare() (or load a state_dict)")
+            raise RuntimeError(f"the weight of {self._label()} is not prepared: load a state_dict, or call prepare()")
         # Straight from the dict: nn.Module.__getattr__ costs a good part of a microsecond per tensor.
         parameters = self._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        assert weight is not None
         grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if self._a8 is not None:
-            args = (x, weight, bias, *(parameters[name] for name in _INPUTS), self)
-            return _A8Linear.apply(*args) if grad else _forward_a8(*args)  # type: ignore[no-any-return, no-untyped-call]
+            apply: Callable[..., Tensor] = _A8Linear.apply
+            return apply(x, bias, self) if grad else self._forward_a8(x, bias)
         op = _linear if grad else _gemm
         return op(x, weight, bias, self.out_features, self.in_features, self._desc, self.flags)
+
+    def _forward_a8(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        scheme, dtype = self.scheme, x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)  # as autocast casts the input of the unquantized layer
+        if bias is not None and bias.dtype not in (dtype, torch.float32):
+            bias = bias.to(dtype)
+        assert self._a8 is not None
+        scale, zero, pre_scale = (self._parameters[name] for name in _INPUTS)
+        group, symmetric = scheme.activation_group_size, scheme.activation_symmetric
+        xq, x_scales, x_zeros = ops.quantize_activation(x, self._a8, group, scale, zero, pre_scale, symmetric)
+        N, K = self.out_features, self.in_features
+        return ops.gemm_a8(xq, x_scales, x_zeros, self.weight, bias, N, K, self._desc, self.flags, dtype)
 
     def _label(self) -> str:
         return f"QuantizedLinear({self.in_features}, {self.out_features}, scheme={str(self.scheme)!r})"
@@ -295,7 +312,10 @@ class QuantizedLinear(nn.Module):
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.weight.is_meta:
             self._empty_weight(self.weight.device)  # to_empty(): the bytes mean nothing
-        elif self._filled and not self.weight.is_meta and self.weight.device.type != before.type:
+            return self
+        moved = self.layout != _CANONICAL and self.weight.device.type != before.type
+        # Without kernels there (or on the meta device) the bytes keep their layout, and are valid again when back.
+        if moved and device_layout(self.weight.device, self.scheme, self.has_perm) is not None:
             self.prepare()
         return self
 
@@ -308,13 +328,21 @@ class QuantizedLinear(nn.Module):
     # -- state_dict -------------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, tensor in self.quantized_weight().tensors().items():
+        for name, tensor in self._canonical().items():
             destination[f"{prefix}weight_{name}"] = tensor
         text = str(self.scheme).encode()
         destination[prefix + "weight_scheme"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
         for name in ("bias", *_INPUTS):
             if (parameter := self._parameters[name]) is not None:
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
+
+    def _canonical(self) -> dict[str, Tensor]:
+        if not self.weight.is_meta and self.layout != _CANONICAL:
+            return self.quantized_weight().tensors()
+        # Nothing to unpack: tensors of the right shapes, which is what callers that fill a state_dict in place need.
+        shapes = canonical_tensors(self.scheme, self.out_features, self.in_features, self.has_perm)
+        device = self.weight.device
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
 
     def _load_from_state_dict(
         self,
@@ -354,7 +382,7 @@ class QuantizedLinear(nn.Module):
         weight = None
         if parts:
             weight = QuantizedWeight.from_tensors(parts, self.scheme, (self.out_features, self.in_features))
-        inputs = {name: tensors[name] for name in _INPUTS if name in tensors}
+        inputs: dict[str, Tensor] = {name: tensors[name] for name in _INPUTS if name in tensors}
         for name in ("input_scale", "input_zero"):  # what is absent keeps its value
             if (old := self._parameters[name]) is not None:
                 inputs.setdefault(name, old)
@@ -383,41 +411,15 @@ def _check_bias(bias: Tensor, N: int) -> None:
         raise ValueError(f"bias must be floating point [N={N}], got {bias.dtype} {list(bias.shape)}")
 
 
-def _forward_a8(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero: Tensor | None,
-    pre_scale: Tensor | None,
-    module: QuantizedLinear,
-) -> Tensor:
-    scheme = module.scheme
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)  # as autocast casts the input of the unquantized layer
-    group, symmetric = scheme.activation_group_size, scheme.activation_symmetric
-    assert module._a8 is not None
-    xq, x_scales, x_zeros = ops.quantize_activation(
-        x, module._a8, group, input_scale, input_zero, pre_scale, symmetric
-    )
-    if bias is not None and bias.dtype != dtype and bias.dtype != torch.float32:
-        bias = bias.to(dtype)
-    N, K = module.out_features, module.in_features
-    return ops.gemm_a8(xq, x_scales, x_zeros, weight, bias, N, K, module._desc, module.flags, dtype)
-
-
 class _A8Linear(torch.autograd.Function):
     """The 8-bit product with the gradient of the same layer without rounding of x (straight-through)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        *inputs, module = rest
-        ctx.save_for_backward(weight, inputs[2])
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: QuantizedLinear) -> Tensor:
+        ctx.save_for_backward(module.weight, module.input_pre_scale)
         ctx.module = module
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-        return _forward_a8(x.detach(), weight, None if bias is None else bias.detach(), *inputs, module)
+        return module._forward_a8(x.detach(), None if bias is None else bias.detach())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -429,6 +431,6 @@ class _A8Linear(torch.autograd.Function):
             N, K = module.out_features, module.in_features
             dx = torch.ops.lowbit.gemm_grad_input.default(dy, weight, N, K, module._desc, module.flags)
             dx = (dx if pre_scale is None else dx * pre_scale).to(ctx.x_dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, None, dbias, None, None, None, None
+        return dx, dbias, None

@@ -278,7 +278,9 @@ class Scheme:
             raise ValueError(f"a weight needs N >= 1 and K >= 1, got N={N}, K={K}")
         limit = -(-K // _GROUP_MULTIPLE) * _GROUP_MULTIPLE
         if self.group_size > limit and self.scaling == "group":
-            raise ValueError(f"group_size={self.group_size} is larger than K={K}; use at most {limit}, or -1 for all of K")
+            raise ValueError(
+                f"group_size={self.group_size} is larger than K={K}; use at most {limit}, or -1 for all of K"
+            )
 
     def bits_per_weight(self, N: int, K: int) -> float:
         """Stored bits per weight of W[N, K], scales and zeros included.
@@ -396,7 +398,7 @@ def _parse_option(option: str, text: str) -> tuple[str, Any]:
         return "scale", _SCALE_TOKENS[option]
     if option in ("rtn", "search"):
         return "rounding", option == "search"
-    if option == "a8" or option[:1] == "a" and option[1:] in ACTIVATIONS:
+    if option == "a8" or (option[:1] == "a" and option[1:] in ACTIVATIONS):
         return "activation", option[1:]
     raise ValueError(
         f"scheme {text!r}: option {option!r} is not one of g<size>, b128, {', '.join(_ZERO_TOKENS)}, "

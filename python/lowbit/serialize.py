@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ def _collect(model: nn.Module) -> tuple[list[Item], dict[str, Layer], dict[str, 
 def _collect_layer(path: str, module: QuantizedLinear, layers: dict[str, Layer]) -> Item:
     if not path:
         raise ValueError("the model is itself a QuantizedLinear: save its quantized_weight() with QuantizedWeight.save")
-    if module.weight.is_meta or not module._filled:
+    if module.weight.is_meta or module.layout == 0:
         raise ValueError(f"{path}: the quantized weight was never loaded")
     layer = Layer(module.scheme, (module.out_features, module.in_features), module.has_perm)
     layers[path] = layer
@@ -160,13 +160,7 @@ def load_quantized(
         >>> model = lowbit.load_quantized(lambda: Encoder(config), "encoder-int4")
     """
     manifest = _artifact.read_manifest(directory)
-    if isinstance(model_or_factory, nn.Module):
-        model = model_or_factory
-    else:
-        with torch.device("meta"):
-            model = model_or_factory()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"the factory must return an nn.Module, got {type(model).__name__}")
+    model = _make_model(model_or_factory)
     replaced = _fit_layers(model, manifest)
     targets = _fit_tensors(model, manifest, replaced)
     with progress_bar("loading", sum(size for size, _ in manifest.files.values()), progress) as advance:
@@ -178,9 +172,21 @@ def load_quantized(
     for path, target in replaced.items():
         replace_module(model, path, layers[target])
     for path, name, source in targets:
-        module = model.get_submodule(path)
-        store = module._parameters if isinstance(values[source], nn.Parameter) else module._buffers
-        store[name] = values[source]
+        module, value = model.get_submodule(path), values[source]
+        if isinstance(value, nn.Parameter):
+            module._parameters[name] = value
+        else:
+            module._buffers[name] = value
+    return model
+
+
+def _make_model(model_or_factory: Model | Callable[[], Model]) -> Model:
+    if isinstance(model_or_factory, nn.Module):
+        return cast(Model, model_or_factory)
+    with torch.device("meta"):
+        model = model_or_factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the factory must return an nn.Module, got {type(model).__name__}")
     return model
 
 

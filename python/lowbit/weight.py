@@ -14,19 +14,28 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from lowbit import _C, _safetensors, ops
+from lowbit import _safetensors, ops
+from lowbit._canonical import (
+    all_finite,
+    canonical_tensors,
+    check_dense,
+    check_importance,
+    check_shape,
+    preferred_layout,
+    runs_on,
+    same_tensor,
+    to_device,
+)
 from lowbit.errors import ArtifactError, FormatError
 from lowbit.scheme import Scheme
 
 __all__ = ["QuantizedWeight"]
 
-_SCALE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_WEIGHT_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _METADATA_KEY: Final = "lowbit"
 _FILE_VERSION: Final = 1
 
@@ -70,9 +79,9 @@ class QuantizedWeight:
         perm: Tensor | None = None,
     ) -> None:
         self.scheme = Scheme.parse(scheme)
-        self.shape = _check_shape(self.scheme, shape)
+        self.shape = check_shape(self.scheme, shape)
         self.packed, self.scales, self.zeros, self.perm = packed, scales, zeros, perm
-        for name, (dtype, want) in canonical_tensors(self.scheme, *self.shape, has_perm=perm is not None).items():
+        for name, (dtype, want) in canonical_tensors(self.scheme, self.N, self.K, perm is not None).items():
             tensor = getattr(self, "zeros" if name == "offsets" else name)
             if tensor is None:
                 raise ValueError(f"scheme {self.scheme} needs {name}{list(want)}, none was given")
@@ -109,16 +118,16 @@ class QuantizedWeight:
         check_dense(weight, scheme)
         if importance is not None:
             importance = check_importance(importance, weight.shape[1])
-        run = _runs_on("quantize", weight.device)
+        run = runs_on("quantize", weight.device)
         here = weight.detach().to(run)
-        packed, scales, zeros = ops.quantize(here, scheme.desc(), bool(scheme.search), _to(importance, run))
-        if not _finite(scales) or (zeros is not None and zeros.is_floating_point() and not _finite(zeros)):
+        packed, scales, zeros = ops.quantize(here, scheme.desc(), bool(scheme.search), to_device(importance, run))
+        if not all_finite(scales) or (zeros is not None and zeros.is_floating_point() and not all_finite(zeros)):
             raise ValueError(
                 f"a scale of the weight (largest |w| = {float(here.abs().max()):g}) overflows {scheme.scale_dtype}; "
                 "use a scheme with fp32 or bf16 scales"
             )
         device = weight.device
-        return cls(scheme, weight.shape, packed.to(device), scales.to(device), _to(zeros, device))
+        return cls(scheme, weight.shape, packed.to(device), scales.to(device), to_device(zeros, device))
 
     @classmethod
     def from_tensors(
@@ -156,10 +165,12 @@ class QuantizedWeight:
             return
         zeros = self.zeros if self.zeros is not None and self.zeros.is_floating_point() else None
         for name, tensor in (("scales", self.scales), ("zeros or offsets", zeros)):
-            if tensor is not None and not _finite(tensor):
+            if tensor is not None and not all_finite(tensor):
                 bad = (~torch.isfinite(tensor)).nonzero()
                 first = bad[0].tolist()
-                raise ValueError(f"{name}: {len(bad)} values are not finite, the first one ({tensor[tuple(first)]:g}) at {first}")
+                raise ValueError(
+                    f"{name}: {len(bad)} values are not finite, the first one ({tensor[tuple(first)]:g}) at {first}"
+                )
         if self.perm is not None:
             values = self.perm.long()
             valid = bool((values >= 0).all() & (values < self.K).all())
@@ -180,7 +191,7 @@ class QuantizedWeight:
             >>> QuantizedWeight.quantize(torch.ones(1, 8), "int8").dequantize(torch.bfloat16).dtype
             torch.bfloat16
         """
-        run = _runs_on("dequantize", self.device)
+        run = runs_on("dequantize", self.device)
         t = self if run == self.device else self.to(run)
         desc = self.scheme.desc(0, self.perm is not None)
         return ops.dequantize(t.packed, t.scales, t.zeros, t.perm, self.N, self.K, desc, dtype).to(self.device)
@@ -200,7 +211,7 @@ class QuantizedWeight:
         has_perm = self.perm is not None
         if layout is None:
             layout = preferred_layout(device, self.scheme, has_perm)
-        run = _runs_on("pack", device)
+        run = runs_on("pack", device)
         t = self if run == self.device else self.to(run)
         desc = self.scheme.desc(layout, has_perm)
         return ops.pack(t.packed, t.scales, t.zeros, t.perm, self.N, self.K, desc).to(device)
@@ -219,11 +230,13 @@ class QuantizedWeight:
             ValueError, RuntimeError: the tensor has another size than these ask for.
         """
         scheme = Scheme.parse(scheme)
-        N, K = _check_shape(scheme, shape)
-        run = _runs_on("unpack", weight.device)
+        N, K = check_shape(scheme, shape)
+        run = runs_on("unpack", weight.device)
         packed, scales, zeros, perm = ops.unpack(weight.to(run), N, K, scheme.desc(layout, has_perm))
         device = weight.device
-        return cls(scheme, (N, K), packed.to(device), scales.to(device), _to(zeros, device), _to(perm, device))
+        return cls(
+            scheme, (N, K), packed.to(device), scales.to(device), to_device(zeros, device), to_device(perm, device)
+        )
 
     # -- joining and cutting --------------------------------------------------------------------------------------------
 
@@ -246,7 +259,7 @@ class QuantizedWeight:
                 raise ValueError(f"cannot join {first.scheme} and {other.scheme} (weight {i})")
             if other.K != first.K:
                 raise ValueError(f"cannot join K={first.K} and K={other.K} (weight {i})")
-            if not _equal(first.perm, other.perm):
+            if not same_tensor(first.perm, other.perm):
                 raise ValueError(f"cannot join weights whose perm differs (weights 0 and {i})")
         if first.scheme.scaling == "block128":
             for i, weight in enumerate(weights[:-1]):
@@ -343,9 +356,9 @@ class QuantizedWeight:
                 raise FormatError(f"{where}: version {about.get('version')!r}; this lowbit reads {_FILE_VERSION}")
             try:
                 scheme = Scheme.from_dict(about.get("scheme", {}))
-                shape = _check_shape(scheme, about.get("shape", ()))
+                shape = check_shape(scheme, about.get("shape", ()))
                 # Before reading: a hostile header must not make us allocate what the scheme does not ask for.
-                wanted = canonical_tensors(scheme, *shape, has_perm="perm" in file.tensors)
+                wanted = canonical_tensors(scheme, shape[0], shape[1], "perm" in file.tensors)
                 got = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
                 if got != wanted:
                     raise ValueError(f"a {scheme} weight {list(shape)} needs {wanted}, the file holds {got}")
@@ -385,7 +398,7 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with its tensors on `device`."""
-        moved = (_to(t, torch.device(device)) for t in (self.scales, self.zeros, self.perm))
+        moved = (to_device(t, torch.device(device)) for t in (self.scales, self.zeros, self.perm))
         return QuantizedWeight(self.scheme, self.shape, self.packed.to(device), *moved)  # type: ignore[arg-type]
 
     def __eq__(self, other: object) -> bool:
@@ -396,7 +409,7 @@ class QuantizedWeight:
             self.scheme.same_storage(other.scheme)
             and self.shape == other.shape
             and mine.keys() == theirs.keys()
-            and all(_equal(mine[name], theirs[name]) for name in mine)
+            and all(same_tensor(mine[name], theirs[name]) for name in mine)
         )
 
     __hash__ = None  # type: ignore[assignment]  # holds tensors, which are compared by value
@@ -405,90 +418,3 @@ class QuantizedWeight:
         perm = ", perm" if self.perm is not None else ""
         bits = self.nbytes * 8 / (self.N * self.K)
         return f"QuantizedWeight({str(self.scheme)!r}, N={self.N}, K={self.K}, {bits:.3g} bits per weight{perm}, {self.device})"
-
-
-# -- helpers shared with linear.py and convert.py -------------------------------------------------------------------------
-
-
-def canonical_tensors(
-    scheme: Scheme, N: int, K: int, has_perm: bool = False
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name, dtype and shape of every canonical tensor of W[N, K]."""
-    shapes = _C.canonical_shapes(N, K, scheme.desc(0, has_perm))
-    scale_dtype = _SCALE_DTYPES[str(scheme.scale_dtype)]
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "packed": (torch.uint8, tuple(shapes["packed"])),
-        "scales": (scale_dtype, tuple(shapes["scales"])),
-    }
-    if scheme.zero_kind != "none":
-        name = "offsets" if scheme.zero_kind == "offset" else "zeros"
-        found[name] = (torch.uint8 if scheme.zero_kind == "int" else scale_dtype, tuple(shapes["zeros"]))
-    if has_perm:
-        found["perm"] = (torch.int32, (K,))
-    return found
-
-
-def check_dense(weight: Tensor, scheme: Scheme) -> None:
-    """Raise ValueError, with the values, when `weight` cannot be quantized to `scheme`."""
-    if weight.dim() == 3:
-        raise ValueError(f"weight{list(weight.shape)} has an expert dimension, which is reserved: quantize each expert alone")
-    if weight.dim() != 2:
-        raise ValueError(f"a weight is [N, K], got {list(weight.shape)}")
-    if weight.dtype not in _WEIGHT_DTYPES:
-        raise ValueError(f"a weight must be float32, bfloat16 or float16, got {weight.dtype}")
-    scheme.check_shape(*weight.shape)
-    if weight.is_meta:
-        raise ValueError("the weight is on the meta device and has no values to quantize")
-    if not _finite(weight.detach()):
-        bad = int((~torch.isfinite(weight.detach())).sum())
-        raise ValueError(f"{bad} of {weight.numel()} weights are NaN or infinite")
-
-
-def check_importance(importance: Tensor, K: int) -> Tensor:
-    """`importance` as fp32 [K]; ValueError when it is not one finite value >= 0 per column."""
-    if tuple(importance.shape) != (K,):
-        raise ValueError(f"importance must be [K={K}], got {list(importance.shape)}")
-    values = importance.detach().float()
-    if not _finite(values) or float(values.min()) < 0:
-        raise ValueError("importance must be finite and >= 0")
-    return values
-
-
-def preferred_layout(device: torch.device, scheme: Scheme, has_perm: bool = False) -> int:
-    """The layout that kernels of this device read."""
-    return _C.preferred_layout(device.type, scheme.desc(0, has_perm))
-
-
-def _check_shape(scheme: Scheme, shape: Any) -> torch.Size:
-    if len(shape) == 3:
-        raise ValueError(f"shape {list(shape)} has an expert dimension, which is reserved")
-    if len(shape) != 2 or not all(isinstance(d, int) and not isinstance(d, bool) for d in shape):
-        raise ValueError(f"a weight has shape (N, K), got {list(shape)}")
-    scheme.check_shape(*shape)
-    return torch.Size(shape)
-
-
-def _runs_on(op: str, device: torch.device) -> torch.device:
-    """`device` when the op has a kernel there, else the CPU, which has them all."""
-    if device.type in ("cpu", "meta"):
-        return device
-    key = {"cuda": "CUDA", "mps": "MPS"}.get(device.type)
-    if key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"lowbit::{op}", key):
-        return device
-    return torch.device("cpu")
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
-
-
-def _finite(tensor: Tensor) -> bool:
-    # aminmax propagates NaN and shows infinities, in one pass and without a temporary as large as the tensor.
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.to(b.device), b))

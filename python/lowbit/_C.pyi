@@ -1,0 +1,85 @@
+"""The compiled module: importing it registers `torch.ops.lowbit.*`; beyond that, introspection.
+
+tests/test_stubs.py compares these names and signatures with the module itself.
+"""
+
+from typing import Any, Literal, TypedDict, type_check_only
+
+@type_check_only
+class _FormatRow(TypedDict):
+    id: int
+    name: str
+    bits: int
+    kind: Literal["int", "code"]
+    max: float
+    code: list[float]
+
+@type_check_only
+class _DescFields(TypedDict):
+    format: int
+    group_size: int
+    zero_kind: int
+    scale_dtype: int
+    scaling: int
+    has_perm: bool
+    layout: int
+
+@type_check_only
+class _Shapes(TypedDict):
+    packed: tuple[int, ...]
+    scales: tuple[int, ...]
+    zeros: tuple[int, ...] | None
+    perm: tuple[int, ...] | None
+
+def build_info() -> dict[str, str]:
+    """Version, compiler, flags, ABI target."""
+
+def canonical_shapes(N: int, K: int, desc: int) -> _Shapes:
+    """Shapes of packed, scales, zeros and perm; ValueError, with the values, when there are none."""
+
+def cpu_features() -> dict[str, bool]:
+    """What this CPU offers."""
+
+def enums() -> dict[str, dict[str, int]]:
+    """The enumerations in desc and flags, by name."""
+
+def explain(op: str, device: str, M: int, N: int, K: int, desc: int, dtype: str, flags: int) -> list[tuple[str, str]]:
+    """Kernels in order of preference, each with why it was refused; "" for the one that runs."""
+
+def format_table() -> list[_FormatRow]:
+    """Every weight format."""
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use."""
+
+def isa_levels() -> list[str]:
+    """Instruction sets this machine can run, best first."""
+
+def kernel_table() -> list[dict[str, Any]]:
+    """One row per CPU kernel and instruction set of this machine: backend, op, name, isa, general, takes."""
+
+def make_desc(
+    format: int, group_size: int, zero_kind: int, scale_dtype: int, scaling: int, has_perm: bool, layout: int
+) -> int:
+    """The int that tells an op what a weight is; ValueError where no such weight exists."""
+
+def packed_size(N: int, K: int, desc: int) -> int:
+    """Bytes of a weight in desc's kernel layout."""
+
+def parse_desc(desc: int) -> _DescFields:
+    """The fields of a desc."""
+
+def preferred_layout(device_type: str, desc: int) -> int:
+    """The kernel layout of a device; ValueError when this build has no kernels for it."""
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on, in every thread."""
+
+def set_strict(on: bool) -> None:
+    """Set what LOWBIT_STRICT sets."""
+
+def strict() -> bool:
+    """Whether picking a general kernel is an error."""
+
+def workspace_size(op: str, M: int, N: int, K: int, desc: int) -> int:
+    """Bytes of workspace for an out variant."""

@@ -1,0 +1,125 @@
+"""What canonical tensors look like and where they are made: shared by weight.py, linear.py and convert.py."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from lowbit import _C
+from lowbit.scheme import Scheme
+
+__all__ = [
+    "all_finite",
+    "canonical_tensors",
+    "check_dense",
+    "check_importance",
+    "check_shape",
+    "device_layout",
+    "preferred_layout",
+    "runs_on",
+    "same_tensor",
+    "to_device",
+]
+
+_SCALE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_WEIGHT_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def canonical_tensors(
+    scheme: Scheme, N: int, K: int, has_perm: bool = False
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of every canonical tensor of W[N, K]."""
+    shapes = _C.canonical_shapes(N, K, scheme.desc(0, has_perm))
+    scale_dtype = _SCALE_DTYPES[str(scheme.scale_dtype)]
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "packed": (torch.uint8, tuple(shapes["packed"])),
+        "scales": (scale_dtype, tuple(shapes["scales"])),
+    }
+    if scheme.zero_kind != "none":
+        name = "offsets" if scheme.zero_kind == "offset" else "zeros"
+        found[name] = (torch.uint8 if scheme.zero_kind == "int" else scale_dtype, found["scales"][1])
+    if has_perm:
+        found["perm"] = (torch.int32, (K,))
+    return found
+
+
+def check_dense(weight: Tensor, scheme: Scheme) -> None:
+    """Raise ValueError, with the values, when `weight` cannot be quantized to `scheme`."""
+    if weight.dim() == 3:
+        raise ValueError(
+            f"weight{list(weight.shape)} has an expert dimension, which is reserved: quantize each expert alone"
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"a weight is [N, K], got {list(weight.shape)}")
+    if weight.dtype not in _WEIGHT_DTYPES:
+        raise ValueError(f"a weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    scheme.check_shape(*weight.shape)
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device and has no values to quantize")
+    if not all_finite(weight.detach()):
+        bad = int((~torch.isfinite(weight.detach())).sum())
+        raise ValueError(f"{bad} of {weight.numel()} weights are NaN or infinite")
+
+
+def check_importance(importance: Tensor, K: int) -> Tensor:
+    """`importance` as fp32 [K]; ValueError when it is not one finite value >= 0 per column."""
+    if tuple(importance.shape) != (K,):
+        raise ValueError(f"importance must be [K={K}], got {list(importance.shape)}")
+    values = importance.detach().float()
+    if not all_finite(values) or float(values.min()) < 0:
+        raise ValueError("importance must be finite and >= 0")
+    return values
+
+
+def preferred_layout(device: torch.device, scheme: Scheme, has_perm: bool = False) -> int:
+    """The layout that kernels of this device read; ValueError when this build has none for it."""
+    return _C.preferred_layout(device.type, scheme.desc(0, has_perm))
+
+
+def device_layout(device: torch.device, scheme: Scheme, has_perm: bool = False) -> int | None:
+    """`preferred_layout`, or None when this build has no kernels for the device."""
+    try:
+        return preferred_layout(device, scheme, has_perm)
+    except ValueError:
+        return None
+
+
+def check_shape(scheme: Scheme, shape: Any) -> torch.Size:
+    """`shape` as (N, K); ValueError, with the values, when no weight of this scheme can have it."""
+    if len(shape) == 3:
+        raise ValueError(f"shape {list(shape)} has an expert dimension, which is reserved")
+    if len(shape) != 2 or not all(isinstance(d, int) and not isinstance(d, bool) for d in shape):
+        raise ValueError(f"a weight has shape (N, K), got {list(shape)}")
+    scheme.check_shape(*shape)
+    return torch.Size(shape)
+
+
+def runs_on(op: str, device: torch.device) -> torch.device:
+    """`device` when the op has a kernel there, else the CPU, which has them all."""
+    if device.type in ("cpu", "meta"):
+        return device
+    key = {"cuda": "CUDA", "mps": "MPS"}.get(device.type)
+    if key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"lowbit::{op}", key):
+        return device
+    return torch.device("cpu")
+
+
+def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """The tensor on `device`; None stays None."""
+    return None if tensor is None else tensor.to(device)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # aminmax propagates NaN and shows infinities, in one pass and without a temporary as large as the tensor.
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal in shape, dtype and every value, on whatever devices; or both None."""
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.to(b.device), b))
