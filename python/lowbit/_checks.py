@@ -25,10 +25,14 @@ __all__ = [
     "check",
     "check_bias",
     "check_canonical",
+    "check_device",
+    "check_float",
     "check_gemm",
     "check_out",
     "check_packed",
+    "check_rows",
     "check_tensor",
+    "dtype_name",
     "parse",
     "refuse_grad",
 ]
@@ -100,13 +104,40 @@ def check(condition: bool, op: str, message: str) -> None:
         raise RuntimeError(f"lowbit::{op}: {message}")
 
 
-def check_tensor(op: str, name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the ops' own messages write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_float(op: str, name: str, dtype: torch.dtype) -> None:
+    """Raise unless `dtype` is one of the three float dtypes."""
+    check(dtype in FLOATS, op, f"{name} is {dtype_name(dtype)}, expected float32, float16 or bfloat16")
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless `tensor` has this shape and dtype."""
-    check(tensor.dtype == dtype, op, f"{name} is {tensor.dtype}, must be {dtype}")
-    check(tuple(tensor.shape) == tuple(shape), op, f"{name} has shape {list(tensor.shape)}, must be {list(shape)}")
+    check(tensor.dtype == dtype, op, f"{name} is {dtype_name(tensor.dtype)}, expected {dtype_name(dtype)}")
+    check(tuple(tensor.shape) == tuple(shape), op, f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def check_rows(op: str, name: str, tensor: Tensor, letter: str, expected: int) -> None:
+    """Raise unless `tensor` is [..., expected]; `letter` is what that dimension is called."""
+    check(tensor.dim() >= 1, op, f"{name} is a scalar, expected shape [..., {letter}]")
+    found = tensor.shape[-1]
+    check(
+        found == expected,
+        op,
+        f"{name} of shape {list(tensor.shape)} has {letter}={found} in its last dimension, the weight has {letter}={expected}",
+    )
+
+
+def check_device(op: str, name: str, tensor: Tensor, w: Tensor) -> None:
+    """Raise unless the two are on one device."""
+    check(tensor.device == w.device, op, f"{name} is on {tensor.device}, w is on {w.device}")
 
 
 def refuse_grad(op: str, instead: str, *tensors: Tensor | None) -> None:
+    """Raise if autograd would have to pass through `op`, which has no gradient."""
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"lowbit::{op}: has no gradient, but an input requires grad; {instead}")
@@ -115,12 +146,14 @@ def refuse_grad(op: str, instead: str, *tensors: Tensor | None) -> None:
 def check_canonical(
     op: str, packed: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, N: int, K: int, desc: int
 ) -> None:
+    """Raise unless the canonical tensors are what N, K and desc say."""
     d = parse(desc)
     packed_shape, scales_shape = canonical_shapes(N, K, d)
     check_tensor(op, "packed", packed, packed_shape, torch.uint8)
     check_tensor(op, "scales", scales, scales_shape, d.scale_dtype)
-    check((zeros is None) == (d.zero_dtype is None), op, f"zeros do not go with the desc: {d}")
-    check((perm is None) == (not d.has_perm), op, f"perm does not go with the desc: {d}")
+    for name, tensor, wanted in (("zeros", zeros, d.zero_dtype is not None), ("perm", perm, d.has_perm)):
+        given = "given" if tensor is not None else "absent"
+        check((tensor is not None) == wanted, op, f"{name} is {given}, but desc says otherwise ({d})")
     if zeros is not None and d.zero_dtype is not None:
         check_tensor(op, "zeros", zeros, scales_shape, d.zero_dtype)
     if perm is not None:
@@ -128,23 +161,27 @@ def check_canonical(
 
 
 def check_packed(op: str, w: Tensor, N: int, K: int, desc: int) -> None:
+    """Raise unless `w` can be a weight in the desc's kernel layout."""
     check_tensor(op, "w", w, (_C.packed_size(N, K, desc),), torch.uint8)
 
 
-def check_gemm(op: str, x: Tensor, w: Tensor, bias: Tensor | None, N: int, K: int, desc: int) -> None:
-    check(x.dim() >= 1, op, "x has no dimensions, must be [..., K]")
-    check(x.dtype in FLOATS, op, f"x is {x.dtype}, must be float32, bfloat16 or float16")
-    check(x.shape[-1] == K, op, f"x has K={x.shape[-1]} in its last dimension, the weight has K={K}")
-    check(x.device == w.device, op, f"x is on {x.device}, w on {w.device}")
-    check_packed(op, w, N, K, desc)
-    check_bias(op, bias, N, x.dtype)
-
-
-def check_bias(op: str, bias: Tensor | None, N: int, dtype: torch.dtype) -> None:
+def check_bias(op: str, bias: Tensor | None, N: int) -> None:
+    """Raise unless `bias` is absent or one float per row of W."""
     if bias is not None:
-        check(bias.dtype in (dtype, torch.float32), op, f"bias is {bias.dtype}, must be {dtype} or torch.float32")
+        check_float(op, "bias", bias.dtype)
         check_tensor(op, "bias", bias, (N,), bias.dtype)
 
 
+def check_gemm(op: str, x: Tensor, w: Tensor, bias: Tensor | None, N: int, K: int, desc: int) -> None:
+    """The checks of gemm and linear."""
+    check_float(op, "x", x.dtype)
+    check_packed(op, w, N, K, desc)
+    check_rows(op, "x", x, "K", K)
+    check_device(op, "x", x, w)
+    check_bias(op, bias, N)
+
+
 def check_out(op: str, out: Tensor, x: Tensor, N: int) -> None:
+    """Raise unless `out` is x's shape with N in the last place, in one of the three float dtypes."""
+    check_float(op, "out", out.dtype)
     check_tensor(op, "out", out, (*x.shape[:-1], N), out.dtype)

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit._checks import FLOATS, check, check_bias, check_out, check_packed, check_tensor, refuse_grad
+from lowbit._checks import (
+    check,
+    check_bias,
+    check_device,
+    check_float,
+    check_out,
+    check_packed,
+    check_rows,
+    check_tensor,
+    dtype_name,
+    refuse_grad,
+)
 
 __all__ = ["gemm_a8", "gemm_a8_out", "quantize_activation", "quantize_activation_out"]
 
@@ -45,9 +56,9 @@ def quantize_activation(
     Args:
         x: [..., K], fp32, bf16 or fp16, any strides.
         format: `_C.enums()["format"]`: int8 or fp8_e4m3.
-        group_size: -1, or a multiple of 8 (128 goes with fp8 in 128 x 128 blocks).
-        scale: fp32, one element: static quantization.
-        zero: int32, one element; with `scale` and not symmetric.
+        group_size: -1; or for fp8 a multiple of 8 (`gemm_a8` takes 128).
+        scale: fp32 [1]: static quantization.
+        zero: int32 [1], with `scale` and not symmetric.
         pre_scale: fp32 [K], as SmoothQuant and AWQ need it.
         symmetric: False for int8 with a zero per token.
 
@@ -56,7 +67,8 @@ def quantize_activation(
         symmetric or fp8.
 
     Raises:
-        RuntimeError: another format, asymmetric fp8, or a shape or dtype that does not fit; x requires grad.
+        RuntimeError: another format, asymmetric fp8, grouped int8, a scale that is not positive or a zero outside
+            -128..127, or a shape or dtype that does not fit; x requires grad.
 
     Example:
         >>> xq, x_scales, _ = quantize_activation(x, _C.enums()["format"]["int8"])
@@ -77,17 +89,27 @@ def _check_activation(
     symmetric: bool,
 ) -> int:
     """Check the inputs; return how many scales a row has."""
-    check(x.dim() >= 1, op, "x has no dimensions, must be [..., K]")
-    check(x.dtype in FLOATS, op, f"x is {x.dtype}, must be float32, bfloat16 or float16")
-    check(format in _XQ_DTYPES, op, f"format={format} is neither int8 nor fp8_e4m3 ({sorted(_XQ_DTYPES)})")
-    check(symmetric or _XQ_DTYPES[format] == torch.int8, op, "fp8_e4m3 is symmetric, got symmetric=False")
-    check(group_size == -1 or (group_size > 0 and group_size % 8 == 0), op, f"group_size={group_size} is not -1 or 8n")
+    check(x.dim() >= 1, op, "x is a scalar, expected shape [..., K]")
+    check_float(op, "x", x.dtype)
+    check(format in _XQ_DTYPES, op, f"format={format} is not an activation format; expected int8 or fp8_e4m3")
+    is_int8 = _XQ_DTYPES[format] == torch.int8
+    check(
+        group_size == -1 or (group_size >= 8 and group_size % 8 == 0),
+        op,
+        f"group_size={group_size} is neither -1 nor a positive multiple of 8",
+    )
+    check(not is_int8 or group_size == -1, op, f"group_size={group_size} with int8, which has one scale per token (-1)")
+    check(is_int8 or symmetric, op, "fp8 has no zeros, got symmetric=False")
+    static_zero = scale is not None and not symmetric
+    check(
+        (zero is not None) == static_zero, op, "zero goes with a static scale, int8 and symmetric=False, and only there"
+    )
     if pre_scale is not None:
         check_tensor(op, "pre_scale", pre_scale, x.shape[-1:], torch.float32)
     if scale is not None:
-        check(scale.numel() == 1 and scale.dtype == torch.float32, op, "scale must be one float32")
+        check_tensor(op, "scale", scale, (1,), torch.float32)
     if zero is not None:
-        check(zero.numel() == 1 and zero.dtype == torch.int32, op, "zero must be one int32")
+        check_tensor(op, "zero", zero, (1,), torch.int32)
     return 1 if group_size == -1 else (x.shape[-1] + group_size - 1) // group_size
 
 
@@ -151,6 +173,8 @@ def _(
     groups = _check_activation(op, x, format, group_size, scale, zero, pre_scale, symmetric)
     check_tensor(op, "xq", xq, x.shape, _XQ_DTYPES[format])
     check_tensor(op, "x_scales", x_scales, (*x.shape[:-1], groups), torch.float32)
+    given = "given" if x_zeros is not None else "absent"
+    check((x_zeros is not None) != symmetric, op, f"x_zeros is {given}, but symmetric={symmetric}")
     if x_zeros is not None:
         check_tensor(op, "x_zeros", x_zeros, (*x.shape[:-1], 1), torch.int32)
 
@@ -176,9 +200,9 @@ def gemm_a8(
 
     Args:
         xq: [..., K], int8 or float8_e4m3fn, from `quantize_activation`.
-        x_scales: fp32 [..., number of groups].
+        x_scales: fp32 [..., 1] (per token) or [..., ceil(K / 128)].
         x_zeros: int32 [..., 1], or None.
-        w, bias, N, K, desc, flags: as for `gemm`; every weight format is accepted. bias is of `out_dtype` or fp32.
+        w, bias, N, K, desc, flags: as for `gemm`; every weight format is accepted.
         out_dtype: float32, bfloat16 or float16.
 
     Returns:
@@ -205,17 +229,23 @@ def _check_gemm_a8(
     desc: int,
     out_dtype: torch.dtype,
 ) -> None:
-    check(xq.dim() >= 1, op, "xq has no dimensions, must be [..., K]")
-    check(xq.dtype in _XQ_DTYPES.values(), op, f"xq is {xq.dtype}, must be int8 or float8_e4m3fn")
-    check(xq.shape[-1] == K, op, f"xq has K={xq.shape[-1]} in its last dimension, the weight has K={K}")
-    check(x_scales.dtype == torch.float32, op, f"x_scales is {x_scales.dtype}, must be torch.float32")
-    check(x_scales.dim() == xq.dim(), op, f"x_scales has {x_scales.dim()} dimensions, xq has {xq.dim()}")
-    if x_zeros is not None:
-        check_tensor(op, "x_zeros", x_zeros, (*xq.shape[:-1], 1), torch.int32)
-    check(xq.device == w.device, op, f"xq is on {xq.device}, w on {w.device}")
     check_packed(op, w, N, K, desc)
-    check(out_dtype in FLOATS, op, f"out_dtype is {out_dtype}, must be float32, bfloat16 or float16")
-    check_bias(op, bias, N, out_dtype)
+    check(xq.dtype in _XQ_DTYPES.values(), op, f"xq is {dtype_name(xq.dtype)}, expected int8 or float8_e4m3fn")
+    check_rows(op, "xq", xq, "K", K)
+    check_device(op, "xq", xq, w)
+    check(x_scales.dim() >= 1, op, "x_scales is a scalar, expected shape [..., 1] or [..., ceil(K / 128)]")
+    groups = x_scales.shape[-1]
+    check(
+        groups in (1, (K + 127) // 128),
+        op,
+        f"x_scales of shape {list(x_scales.shape)} has neither one scale per row nor one per 128 of K={K} in its last dimension",
+    )
+    check_tensor(op, "x_scales", x_scales, (*xq.shape[:-1], groups), torch.float32)
+    if x_zeros is not None:
+        check(xq.dtype == torch.int8, op, f"x_zeros are given with {dtype_name(xq.dtype)} activations, which have none")
+        check_tensor(op, "x_zeros", x_zeros, (*xq.shape[:-1], 1), torch.int32)
+    check_float(op, "out_dtype", out_dtype)
+    check_bias(op, bias, N)
 
 
 @_register_fake("lowbit::gemm_a8")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Mapping
 from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 
 from lowbit import _C
 
-__all__ = ["Explanation", "can_implement", "explain", "kernel_table", "set_strict", "strict"]
+__all__ = ["Explanation", "can_implement", "explain", "full_name", "kernel_table", "set_strict", "strict"]
 
-_STRICT: Final = "LOWBIT_STRICT"
+#: Ops that run another op's kernels.
+_SAME_KERNELS: Final = {"linear": "gemm", "gemm_out": "gemm", "gemm_a8_out": "gemm_a8"}
 
 
 @runtime_checkable
@@ -32,7 +33,7 @@ class Explanation:
 
     Example:
         >>> explain("gemm", M=1, N=4096, K=4096, scheme="int4-g128").chosen
-        'gemm_stream_avx512'
+        'cpu_stream_f32_avx512vnni'
     """
 
     problem: str
@@ -65,10 +66,17 @@ def _dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_op(op: str) -> None:
-    known = sorted({row["op"] for row in _C.kernel_table()})
-    if op not in known:
+def _kernel_op(op: str) -> str:
+    known = list(dict.fromkeys(row["op"] for row in _C.kernel_table()))
+    name = _SAME_KERNELS.get(op, op)
+    if name not in known:
         raise ValueError(f"unknown op {op!r}; the kernel table has {', '.join(known)}")
+    return name
+
+
+def full_name(row: Mapping[str, Any]) -> str:
+    """The name that `explain` uses for a row of the kernel table: backend, name and ISA."""
+    return f"{row['backend']}_{row['name']}_{row['isa']}"
 
 
 def explain(
@@ -89,7 +97,7 @@ def explain(
         M, N, K: x is [M, K] and W is [N, K].
         scheme: a Scheme, its string form ("int4-g128"), or a desc. The first two mean the device's preferred layout.
         device: "cpu", "cuda", ...; "cpu:avx2" answers for that instruction set, whatever this machine has.
-        dtype: of the activations.
+        dtype: of the activations; for gemm_a8 "int8" or "float8_e4m3fn".
         batch_invariant: as the flag of `gemm`.
 
     Raises:
@@ -98,13 +106,13 @@ def explain(
     Example:
         >>> print(explain("gemm", M=1, N=4096, K=4096, scheme="int4-g128"))
     """
-    _check_op(op)
+    kernel_op = _kernel_op(op)
     where = str(device)
     desc = _as_desc(scheme, where.partition(":")[0])
     flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
-    rows = _C.explain(op, where, M, N, K, desc, _dtype_name(dtype), flags)
+    rows = _C.explain(kernel_op, where, M, N, K, desc, _dtype_name(dtype), flags)
     chosen = next((name for name, reason in rows if not reason), None)
-    general = any(row["general"] for row in _C.kernel_table() if row["op"] == op and row["name"] == chosen)
+    general = any(row["general"] for row in _C.kernel_table() if row["op"] == kernel_op and full_name(row) == chosen)
     said = scheme if isinstance(scheme, str) else f"desc {desc:#x}" if isinstance(scheme, int) else str(scheme)
     return Explanation(
         problem=f"{op} M={M} N={N} K={K} {said} {_dtype_name(dtype)} on {where}"
@@ -138,7 +146,7 @@ def can_implement(
         >>> can_implement("gemm", M=16, N=4096, K=4096, scheme="int4-g128", strict=True)
         True
     """
-    _check_op(op)
+    _kernel_op(op)
     try:
         answer = explain(op, M=M, N=N, K=K, scheme=scheme, device=device, dtype=dtype, batch_invariant=batch_invariant)
     except ValueError:
@@ -167,10 +175,9 @@ def set_strict(on: bool = True) -> None:
         >>> set_strict()
         >>> set_strict(False)
     """
-    # The ops ask the process's environment on every call, so that one switch serves both ways of setting it.
-    os.environ[_STRICT] = "1" if on else "0"
+    _C.set_strict(on)
 
 
 def strict() -> bool:
     """Whether `set_strict` or LOWBIT_STRICT is in force."""
-    return os.environ.get(_STRICT, "0") not in ("", "0")
+    return _C.strict()

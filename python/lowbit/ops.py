@@ -29,9 +29,11 @@ from lowbit._checks import (
     canonical_shapes,
     check,
     check_canonical,
+    check_device,
+    check_float,
     check_gemm,
-    check_out,
     check_packed,
+    check_rows,
     check_tensor,
     parse,
     refuse_grad,
@@ -79,16 +81,17 @@ def quantize(
 
     Args:
         weight: [N, K], fp32, bf16 or fp16, any strides.
-        desc: the scheme; its layout is ignored.
+        desc: the scheme, without perm; its layout is ignored.
         search: look for the scale with the least squared error instead; never worse than the above on any group.
         importance: fp32 [K], weighs the squared error of each column in the search.
 
     Returns:
         packed uint8 [N, ceil(K * bits / 8)], scales [N, G] (blocks: [ceil(N/128), ceil(K/128)]), zeros [N, G] or None.
-        A group that holds a NaN or an Inf gets a NaN scale.
+        A group that holds a NaN gets a NaN scale, one with an infinity an infinite scale.
 
     Raises:
-        RuntimeError: weight is not 2-D or not one of the three dtypes; group_size exceeds K; importance is not fp32 [K].
+        RuntimeError: weight is not 2-D or not one of the three dtypes; desc has a perm; group_size exceeds K;
+            importance is not fp32 [K].
 
     Example:
         >>> packed, scales, zeros = quantize(torch.randn(64, 256), Scheme.parse("int4-g128").desc())
@@ -101,8 +104,9 @@ def quantize(
 @_register_fake("lowbit::quantize")
 def _(weight: Tensor, desc: int, search: bool, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     d = parse(desc)
-    check(weight.dim() == 2, "quantize", f"weight has {weight.dim()} dimensions, must be [N, K]")
-    check(weight.dtype in FLOATS, "quantize", f"weight is {weight.dtype}, must be float32, bfloat16 or float16")
+    check(weight.dim() == 2, "quantize", f"weight has shape {list(weight.shape)}, expected [N, K]")
+    check_float("quantize", "weight", weight.dtype)
+    check(not d.has_perm, "quantize", "desc has a perm; quantize the permuted weight and give the perm to pack")
     if importance is not None:
         check_tensor("quantize", "importance", importance, weight.shape[1:], torch.float32)
     packed, scales = canonical_shapes(weight.shape[0], weight.shape[1], d)
@@ -159,7 +163,7 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     check_canonical("dequantize", packed, scales, zeros, perm, N, K, desc)
-    check(out_dtype in FLOATS, "dequantize", f"out_dtype is {out_dtype}, must be float32, bfloat16 or float16")
+    check_float("dequantize", "out_dtype", out_dtype)
     return packed.new_empty((N, K), dtype=out_dtype)
 
 
@@ -194,7 +198,7 @@ def _(
     out: Tensor,
 ) -> None:
     check_canonical("dequantize_out", packed, scales, zeros, perm, N, K, desc)
-    check(out.dtype in FLOATS, "dequantize_out", f"out is {out.dtype}, must be float32, bfloat16 or float16")
+    check_float("dequantize_out", "out", out.dtype)
     check_tensor("dequantize_out", "out", out, (N, K), out.dtype)
 
 
@@ -269,7 +273,7 @@ def gemm(x: Tensor, w: Tensor, bias: Tensor | None, N: int, K: int, desc: int, f
     Args:
         x: [..., K], fp32, bf16 or fp16, any strides, any leading dimensions (0 included).
         w: uint8, made by `pack` with the same N, K and desc.
-        bias: [N] of x's dtype or fp32, or None.
+        bias: [N], fp32, bf16 or fp16, or None.
         flags: 0, or `_C.enums()["flags"]["batch_invariant"]`: a row of y depends on no other row of x, nor on how
             many there are, to the last bit.
 
@@ -334,8 +338,7 @@ def _(
     workspace: Tensor | None,
 ) -> None:
     check_gemm("gemm_out", x, w, bias, N, K, desc)
-    check(out.dtype == x.dtype, "gemm_out", f"out is {out.dtype}, must be {x.dtype}")
-    check_out("gemm_out", out, x, N)
+    check_tensor("gemm_out", "out", out, (*x.shape[:-1], N), x.dtype)
 
 
 # -- linear -------------------------------------------------------------------------------------------------------------
@@ -405,11 +408,10 @@ def gemm_grad_input(dy: Tensor, w: Tensor, N: int, K: int, desc: int, flags: int
 @_register_fake("lowbit::gemm_grad_input")
 def _(dy: Tensor, w: Tensor, N: int, K: int, desc: int, flags: int) -> Tensor:
     op = "gemm_grad_input"
-    check(dy.dim() >= 1, op, "dy has no dimensions, must be [..., N]")
-    check(dy.dtype in FLOATS, op, f"dy is {dy.dtype}, must be float32, bfloat16 or float16")
-    check(dy.shape[-1] == N, op, f"dy has N={dy.shape[-1]} in its last dimension, the weight has N={N}")
-    check(dy.device == w.device, op, f"dy is on {dy.device}, w on {w.device}")
+    check_float(op, "dy", dy.dtype)
     check_packed(op, w, N, K, desc)
+    check_rows(op, "dy", dy, "N", N)
+    check_device(op, "dy", dy, w)
     return dy.new_empty((*dy.shape[:-1], K))
 
 

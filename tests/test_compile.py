@@ -1,0 +1,169 @@
+"""torch.compile(fullgraph=True, dynamic=True), torch.export and autocast. Inductor is slow: few tests, many ops each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import FP8, INT8, cpu_desc, desc, packed, random_weight, random_x
+from lowbit import ops
+from reference import Spec
+
+SPEC = Spec("int4", "int", 32, "bfloat16")
+BLOCK = Spec("fp8_e4m3", group_size=128, scaling="block128")
+N, K = 48, 100
+W, DESC = packed(SPEC, N, K), cpu_desc(SPEC)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def _train(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(ops.linear(x, W, bias, N, K, DESC)).square().mean(-1)
+
+
+def _infer(x: torch.Tensor, w: torch.Tensor, block: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = ops.gemm(x * 2, w, bias, N, K, DESC)
+    int8 = ops.gemm_a8(*ops.quantize_activation(x, INT8, symmetric=False), w, bias, N, K, DESC, 0, torch.float32)
+    fp8 = ops.gemm_a8(*ops.quantize_activation(x, FP8, 128), block, None, N, K, cpu_desc(BLOCK), 0, torch.float32)
+    out = torch.empty_like(y)
+    ops.gemm_out(x, w, None, N, K, DESC, 0, out)
+    return y.relu(), int8, fp8, out + 1
+
+
+def test_compile_inference_with_dynamic_rows() -> None:
+    block = packed(BLOCK, N, K)
+    compiled = torch.compile(_infer, fullgraph=True, dynamic=True)
+    bias = random_x(N)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for M in (5, 9, 32):
+            for got, want in zip(
+                compiled(random_x(2, M, K), W, block, bias), _infer(random_x(2, M, K), W, block, bias), strict=True
+            ):
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_compile_training_with_dynamic_rows() -> None:
+    compiled = torch.compile(_train, fullgraph=True, dynamic=True)
+    for M in (5, 9):
+        grads = []
+        for function in (compiled, _train):
+            x, bias = random_x(M, K).requires_grad_(), random_x(N).requires_grad_()
+            y = function(x, bias)
+            y.sum().backward()
+            grads.append((y.detach(), x.grad, bias.grad))
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+class _Model(torch.nn.Module):
+    """Packs in forward, so that every op is in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = random_weight(SPEC, N, K)
+        self.packed, self.scales, self.zeros = (torch.nn.Buffer(t) for t in weight.tensors[:3])
+        self.w = torch.nn.Buffer(W)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = ops.gemm(x, self.w, None, N, K, DESC)
+        dense = ops.dequantize(self.packed, self.scales, self.zeros, None, N, K, desc(SPEC), x.dtype)
+        w = ops.pack(*ops.unpack(self.w, N, K, DESC), N, K, DESC)
+        stream, scales, zeros = ops.quantize(x.flatten(0, -2), desc(Spec("int8", "offset")))
+        back = ops.dequantize(stream, scales, zeros, None, 6, K, desc(Spec("int8", "offset")))
+        return y, x @ dense.t(), ops.linear(x, w, None, N, K, DESC), back
+
+
+def test_export() -> None:
+    """Static and dynamic, and it survives being written and read."""
+    import io
+
+    model, x = _Model(), random_x(2, 3, K)
+    program = torch.export.export(model, (x,))
+    for got, want in zip(program.module()(x), model(x), strict=True):
+        assert torch.equal(got, want)
+
+    class Linear(_Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return ops.linear(x, self.w, None, N, K, DESC)
+
+    rows = torch.export.Dim("rows")
+    dynamic = torch.export.export(Linear(), (x,), dynamic_shapes=({1: rows},))
+    buffer = io.BytesIO()
+    torch.export.save(dynamic, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for M in (1, 3, 40):
+        assert torch.equal(loaded(random_x(2, M, K)), Linear()(random_x(2, M, K)))
+
+
+def test_wrong_shapes_fail_while_tracing() -> None:
+    """Fake kernels check as the real ones do, so that a graph that cannot run is not built."""
+    compiled = torch.compile(lambda x: ops.gemm(x, W, None, N, K, DESC), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"lowbit::gemm: x has K=99 in its last dimension, the weight has K=100"):
+        compiled(random_x(2, 99))
+
+
+@pytest.mark.parametrize("op", [ops.gemm, ops.linear, torch.ops.lowbit.gemm, torch.ops.lowbit.linear])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_x_and_bias_only(op, dtype: torch.dtype) -> None:
+    spec = Spec("int4", "int", 32, "float32")
+    w, d = packed(spec, N, K), cpu_desc(spec)
+    x, bias = random_x(3, K), random_x(N)
+    with torch.autocast("cpu", dtype):
+        y = op(x, w, bias, N, K, d, 0)
+        assert torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False):
+            assert op(x, w, bias, N, K, d, 0).dtype == torch.float32
+    assert y.dtype == dtype
+    assert torch.equal(y, op(x.to(dtype), w, bias.to(dtype), N, K, d, 0))
+    with torch.autocast("cpu", dtype), pytest.raises(RuntimeError, match="x is float64"):
+        op(x.double(), w, bias, N, K, d, 0)
+
+
+def test_autocast_has_gradients_in_the_dtype_of_x() -> None:
+    x = random_x(3, K).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, W, None, N, K, DESC)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    want = ops.gemm_grad_input(2 * y.detach(), W, N, K, DESC)
+    assert torch.equal(x.grad, want.float())
+
+
+def test_autocast_leaves_the_other_ops_alone() -> None:
+    x = random_x(3, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        a = ops.quantize_activation(x, INT8)
+        y = ops.gemm_a8(*a, W, None, N, K, DESC, 0, torch.float32)
+        assert ops.gemm_grad_input(random_x(3, N), W, N, K, DESC).dtype == torch.float32
+    assert y.dtype == torch.float32
+    for got, want in zip(a, ops.quantize_activation(x, INT8), strict=True):
+        assert got is want is None or torch.equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compile_under_autocast(dtype: torch.dtype) -> None:
+    @torch.compile(fullgraph=True, dynamic=True)
+    def run(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype):
+            return ops.linear(x, W, bias, N, K, DESC)
+
+    x, bias = random_x(4, K).requires_grad_(), random_x(N)
+    y = run(x, bias)
+    assert y.dtype == dtype
+    assert torch.equal(y, ops.linear(x.to(dtype), W, bias.to(dtype), N, K, DESC))
+    y.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_compile_every_op() -> None:
+    model = torch.compile(_Model(), fullgraph=True, dynamic=False)
+    x = random_x(2, 3, K)
+    for got, want in zip(model(x), _Model()(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

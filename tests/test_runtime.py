@@ -1,0 +1,153 @@
+"""Living inside a larger process: threads, fork, memory, cost per call."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+
+from cases import FP8, INT8, cpu_desc, desc, packed, random_x
+from lowbit import ops
+from reference import Spec
+
+SPEC = Spec("int4", "int", 32, "bfloat16")
+N, K = 144, 384
+DESC = cpu_desc(SPEC)
+
+
+def _work(seed: int) -> list[torch.Tensor]:
+    """Every op once, on inputs of its own."""
+    w = packed(SPEC, N, K)
+    x = torch.randn(1 + seed % 5, K, generator=torch.Generator().manual_seed(seed))
+    stream, scales, zeros = ops.quantize(x, desc(SPEC), True)
+    a = ops.quantize_activation(x, INT8)
+    f = ops.quantize_activation(x, FP8, 128)
+    grad = x.clone().requires_grad_()
+    ops.linear(grad, w, None, N, K, DESC).sum().backward()
+    assert grad.grad is not None
+    return [
+        ops.gemm(x, w, None, N, K, DESC),
+        ops.gemm_a8(*a, w, None, N, K, DESC, 0, torch.float32),
+        ops.gemm_a8(*f, w, None, N, K, DESC, 0, torch.float32),
+        ops.dequantize(stream, scales, zeros, None, len(x), K, desc(SPEC)),
+        ops.pack(*ops.unpack(w, N, K, DESC), N, K, DESC),
+        grad.grad,
+    ]
+
+
+def test_sixteen_threads_at_once() -> None:
+    packed(SPEC, N, K)  # the case cache is not what is tested
+    expected = [_work(seed) for seed in range(16)]
+    failures: list[str] = []
+    start = threading.Barrier(16)
+
+    def run(seed: int) -> None:
+        try:
+            start.wait(60)
+            for _ in range(20):
+                for got, want in zip(_work(seed), expected[seed], strict=True):
+                    if not torch.equal(got, want):
+                        failures.append(f"thread {seed}: a result changed")
+        except Exception as error:
+            failures.append(f"thread {seed}: {error!r}")
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    assert not failures, failures[:3]
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_fork(used_before: bool) -> None:
+    """A child of os.fork computes the same; also after the parent ran ops (on one thread: OpenMP itself forbids more)."""
+    code = f"""
+        import os, signal, sys, torch, lowbit
+        from lowbit import _C, ops
+        torch.manual_seed(0)
+        d = _C.make_desc(3, 32, 0, 0, 0, False, 1)
+        def run():
+            stream, scales, _ = ops.quantize(torch.ones(64, 256), _C.make_desc(3, 32, 0, 0, 0, False, 0))
+            w = ops.pack(stream, scales, None, None, 64, 256, d)
+            return ops.gemm(torch.ones(8, 256), w, None, 64, 256, d).sum().item()
+        if {used_before}:
+            torch.set_num_threads(1)
+            before = run()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            value = run()
+            os._exit(0 if value > 0 and (not {used_before} or value == before) else 1)
+        _, status = os.waitpid(pid, 0)
+        assert run() > 0
+        sys.exit(os.waitstatus_to_exitcode(status))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
+def test_ten_thousand_calls_in_flat_memory() -> None:
+    def refused() -> None:
+        with pytest.raises(RuntimeError):
+            ops.gemm(random[:, 1:], w, None, N, K, DESC)
+
+    calls = {
+        "gemm": lambda: ops.gemm(random, w, bias, N, K, DESC),
+        "gemm M=40": lambda: ops.gemm(many, w, bias, N, K, DESC),
+        "linear with backward": lambda: ops.linear(grad, w, bias, N, K, DESC).sum().backward(),
+        "a8": lambda: ops.gemm_a8(*ops.quantize_activation(random, INT8, symmetric=False), w, bias, N, K, DESC),
+        "canonical": lambda: ops.quantize(random, desc(SPEC)),
+        "refused": refused,
+    }
+    w, bias, random, many = packed(SPEC, N, K), random_x(N), random_x(2, K), random_x(40, K)
+    grad = random_x(2, K).requires_grad_()
+    repeats = {"gemm": 10_000, "gemm M=40": 300, "canonical": 1000}
+    for name, call in calls.items():
+        for _ in range(100):
+            call()
+        before = _resident_bytes()
+        for _ in range(repeats.get(name, 2000)):
+            call()
+        grown = _resident_bytes() - before
+        assert grown < 2 << 20, f"{name}: {grown} bytes in {repeats.get(name, 2000)} calls"
+
+
+def test_wrapper_costs_at_most_a_microsecond() -> None:
+    """lowbit.ops.gemm over torch.ops.lowbit.gemm.default, best of many interleaved runs."""
+    spec = Spec("int4", "none", 32)
+    w, x, d = packed(spec, 16, 32), random_x(1, 32), cpu_desc(spec)
+    raw = torch.ops.lowbit.gemm.default
+
+    def measure(call, count: int = 2000) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call(x, w, None, 16, 32, d, 0)
+        return (time.perf_counter() - start) / count
+
+    pairs = [(measure(ops.gemm), measure(raw)) for _ in range(20)]
+    overhead = min(a for a, _ in pairs) - min(b for _, b in pairs)
+    assert overhead < 1e-6, f"{overhead * 1e6:.2f} us"
+
+
+def test_import_alone_is_quiet() -> None:
+    """No CUDA, no compiler, no output, and torch's thread count untouched."""
+    code = (
+        "import torch; n = torch.get_num_threads(); import lowbit\n"
+        "assert torch.get_num_threads() == n and not torch.cuda.is_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
