@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit import _C, QuantizedWeight, Scheme
@@ -35,6 +35,7 @@ def schemes(draw: st.DrawFn) -> Scheme:
     )
 
 
+@settings(deadline=None)
 @given(schemes())
 def test_string_and_dict_round_trip(scheme: Scheme) -> None:
     text = str(scheme)
@@ -45,11 +46,13 @@ def test_string_and_dict_round_trip(scheme: Scheme) -> None:
     assert hash(Scheme.parse(text)) == hash(scheme)
 
 
+@settings(deadline=None)
 @given(schemes(), schemes())
 def test_equal_exactly_when_the_strings_are(a: Scheme, b: Scheme) -> None:
     assert (a == b) == (str(a) == str(b))
 
 
+@settings(deadline=None)
 @given(schemes(), st.sampled_from([0, 1]), st.booleans())
 def test_desc_holds_what_is_stored(scheme: Scheme, layout: int, has_perm: bool) -> None:
     desc = scheme.desc(layout, has_perm)
@@ -58,6 +61,7 @@ def test_desc_holds_what_is_stored(scheme: Scheme, layout: int, has_perm: bool) 
     assert Scheme.from_desc(desc).same_storage(scheme)
 
 
+@settings(deadline=None)
 @given(schemes(), st.randoms(use_true_random=False))
 def test_options_come_in_any_order_and_case(scheme: Scheme, random: object) -> None:
     head, *options = str(scheme).split("-")
@@ -132,6 +136,7 @@ def test_bad_strings_say_what_is_wrong(text: str, message: str) -> None:
         Scheme.parse(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_parses_or_raises_value_error(text: str) -> None:
     try:
