@@ -163,18 +163,12 @@ def write_artifact(
                 for name, (dtype, shape) in item.specs.items():
                     about = {"dtype": _safetensors.dtype_name(dtype), "shape": list(shape), "kind": item.kind}
                     tensors[name] = {"file": file, **about}
-        body = {
-            "format": "lowbit",
-            "format_version": FORMAT_VERSION,
-            "files": files,
-            "tensors": tensors,
-            "layers": {
-                name: {"scheme": layer.scheme.to_dict(), "shape": list(layer.shape), "has_perm": layer.has_perm}
-                for name, layer in layers.items()
-            },
-            "aliases": dict(aliases or {}),
-            "layer_aliases": dict(layer_aliases or {}),
+        body = {"format": "lowbit", "format_version": FORMAT_VERSION, "files": files, "tensors": tensors}
+        body["layers"] = {
+            name: {"scheme": layer.scheme.to_dict(), "shape": list(layer.shape), "has_perm": layer.has_perm}
+            for name, layer in layers.items()
         }
+        body |= {"aliases": dict(aliases or {}), "layer_aliases": dict(layer_aliases or {})}
         sha256 = _seal(body)
         text = json.dumps({**body, "sha256": sha256}, indent=1, sort_keys=True) + "\n"
         _sync(root)  # the shards' names must be on disk before the manifest that refers to them

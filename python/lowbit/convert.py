@@ -76,29 +76,15 @@ def quantize_(
         >>> print(report)
     """
     if isinstance(model, nn.Linear):
-        raise ValueError(
-            "the model is an nn.Linear, which cannot be replaced in place: use QuantizedLinear.from_linear"
-        )
+        raise ValueError("an nn.Linear cannot be replaced in place: use QuantizedLinear.from_linear")
     plan = _plan(model, Scheme.parse(scheme), filter_fn, dict(overrides or {}))
     modules = dict(model.named_modules())
     columns = _check(plan, modules, importance or {})
     skipped = _skipped(model, plan)
-    if strict and (surprises := [s for s in skipped if not s.chosen]):
-        listing = "; ".join(f"{s.name} ({s.nbytes} bytes): {s.reason}" for s in surprises)
-        raise ValueError(f"strict: these would be left unquantized: {listing}")
-    paths = _paths(model)
+    if strict:
+        _refuse_surprises(skipped)
     before = _nbytes(model)
-    reports = []
-    total = sum(_linear(modules[name]).weight.nbytes for name in plan.schemes)
-    with progress_bar("quantizing", total, progress) as advance:
-        for name, layer_scheme in plan.schemes.items():
-            linear = _linear(modules.pop(name))
-            new, report = _convert(name, linear, layer_scheme, columns.get(name))
-            for path in paths[id(linear)]:
-                replace_module(model, path, new)
-            reports.append(report)
-            advance(name, report.bytes_before)
-            del linear  # the last reference: the dense weight is freed before the next layer
+    reports = _convert_all(model, plan, modules, columns, progress)
     return QuantizeReport(tuple(reports), tuple(skipped), before, _nbytes(model))
 
 
@@ -231,7 +217,35 @@ def _skipped(model: nn.Module, plan: _Plan) -> list[SkippedParameter]:
     return found
 
 
+def _refuse_surprises(skipped: list[SkippedParameter]) -> None:
+    if surprises := [s for s in skipped if not s.chosen]:
+        listing = "; ".join(f"{s.name} ({s.nbytes} bytes): {s.reason}" for s in surprises)
+        raise ValueError(f"strict: these would be left unquantized: {listing}")
+
+
 # -- doing -----------------------------------------------------------------------------------------------------------------
+
+
+def _convert_all(
+    model: nn.Module,
+    plan: _Plan,
+    modules: dict[str, nn.Module],
+    columns: Mapping[str, Tensor],
+    progress: bool | None,
+) -> list[LayerReport]:
+    paths = _paths(model)
+    reports = []
+    total = sum(_linear(modules[name]).weight.nbytes for name in plan.schemes)
+    with progress_bar("quantizing", total, progress) as advance:
+        for name, scheme in plan.schemes.items():
+            linear = _linear(modules.pop(name))
+            new, report = _convert(name, linear, scheme, columns.get(name))
+            for path in paths[id(linear)]:
+                replace_module(model, path, new)
+            reports.append(report)
+            advance(name, report.bytes_before)
+            del linear  # the last reference: the dense weight is freed before the next layer
+    return reports
 
 
 def _convert(
