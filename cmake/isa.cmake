@@ -21,7 +21,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
 endif()
 
 set(LOWBIT_ISA_avx512vnni_arch x86_64)
-set(LOWBIT_ISA_avx512vnni_flags ${LOWBIT_ISA_avx512_flags} -mavx512vnni)
+set(LOWBIT_ISA_avx512vnni_flags ${LOWBIT_ISA_avx512_flags} -mavx512vnni -mavx512vbmi)
 
 # The architecture compiled for, as the rows above spell it.
 function(lowbit_target_arch out)

@@ -102,6 +102,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() =
       "lowbit's compiled side: registers torch.ops.lowbit on import, and answers questions about "
       "formats, layouts and kernels.";
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const lowbit::Error& found) {
+      PyErr_SetString(PyExc_ValueError, found.what());
+    }
+  });
   m.def("format_table", &format_table, "Every weight format: id, name, bits, kind, max, code.");
   m.def("enums", &enums, "The enumerations in desc and flags, by name.");
   m.def("make_desc", &make_desc, "format"_a, "group_size"_a, "zero_kind"_a, "scale_dtype"_a,

@@ -8,12 +8,15 @@
 #include <stdexcept>
 #include <string>
 
+// Marks the few functions of liblowbit_ops that `_C` calls; everything else is hidden.
+#define LOWBIT_API __attribute__((visibility("default")))
+
 namespace lowbit {
 
-// invalid_argument, so that pybind11 turns it into a ValueError.
-class Error : public std::invalid_argument {
+// A RuntimeError where torch translates it (ops), a ValueError where `_C` does.
+class LOWBIT_API Error : public std::runtime_error {
  public:
-  using std::invalid_argument::invalid_argument;
+  using std::runtime_error::runtime_error;
 };
 
 template <class... Args>
@@ -36,6 +39,3 @@ template <class... Args>
       ::lowbit::fail(__VA_ARGS__);           \
     }                                        \
   } while (false)
-
-// Marks the few functions of liblowbit_ops that `_C` calls; everything else is hidden.
-#define LOWBIT_API __attribute__((visibility("default")))

@@ -21,7 +21,9 @@ const std::vector<Level>& levels() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    found.push_back({&kernels_avx512vnni(), avx512 && __builtin_cpu_supports("avx512vnni")});
+    // With VBMI: Ice Lake, Zen 4 and later. Cascade Lake, which has VNNI alone, takes the level below.
+    found.push_back({&kernels_avx512vnni(), avx512 && __builtin_cpu_supports("avx512vnni") &&
+                                                __builtin_cpu_supports("avx512vbmi")});
     found.push_back({&kernels_avx512(), avx512});
     found.push_back({&kernels_avx2(), avx2});
 #endif

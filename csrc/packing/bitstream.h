@@ -22,16 +22,50 @@ inline uint8_t get_code(const uint8_t* row, int64_t k, int bits) {
   return static_cast<uint8_t>(value & ((1u << bits) - 1u));
 }
 
+// Eight codes from `kBits` bytes. Fixed shifts: this is the inner loop of dequantize and pack.
+template <int kBits>
+inline void unpack_eights(const uint8_t* row, int64_t count, uint8_t* codes) {
+  constexpr uint8_t mask = static_cast<uint8_t>((1u << kBits) - 1u);
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (kBits == 8) {
+      std::memcpy(codes + 8 * i, row + 8 * i, 8);
+    } else if constexpr (kBits == 4) {
+      for (int j = 0; j < 4; ++j) {
+        codes[8 * i + 2 * j] = row[4 * i + j] & mask;
+        codes[8 * i + 2 * j + 1] = row[4 * i + j] >> 4;
+      }
+    } else {
+      uint64_t word = 0;
+      for (int b = 0; b < kBits; ++b) word |= static_cast<uint64_t>(row[kBits * i + b]) << (8 * b);
+      for (int j = 0; j < 8; ++j)
+        codes[8 * i + j] = static_cast<uint8_t>(word >> (j * kBits)) & mask;
+    }
+  }
+}
+
 // One code per byte, k = 0..K-1. Eight at a time, since eight codes are whole bytes.
 inline void unpack_row(const uint8_t* row, int64_t K, int bits, uint8_t* codes) {
-  const uint8_t mask = static_cast<uint8_t>((1u << bits) - 1u);
-  int64_t k = 0;
-  for (; k + 8 <= K; k += 8, row += bits) {
-    uint64_t word = 0;
-    for (int b = 0; b < bits; ++b) word |= static_cast<uint64_t>(row[b]) << (8 * b);
-    for (int j = 0; j < 8; ++j) codes[k + j] = static_cast<uint8_t>(word >> (j * bits)) & mask;
+  const int64_t eights = K / 8;
+  switch (bits) {
+    case 2:
+      unpack_eights<2>(row, eights, codes);
+      break;
+    case 3:
+      unpack_eights<3>(row, eights, codes);
+      break;
+    case 4:
+      unpack_eights<4>(row, eights, codes);
+      break;
+    case 5:
+      unpack_eights<5>(row, eights, codes);
+      break;
+    case 6:
+      unpack_eights<6>(row, eights, codes);
+      break;
+    default:
+      unpack_eights<8>(row, eights, codes);
   }
-  for (int64_t j = 0; k + j < K; ++j) codes[k + j] = get_code(row, j, bits);
+  for (int64_t k = eights * 8; k < K; ++k) codes[k] = get_code(row, k, bits);
 }
 
 inline void pack_row(const uint8_t* codes, int64_t K, int bits, uint8_t* row) {

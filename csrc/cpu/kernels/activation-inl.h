@@ -38,7 +38,7 @@ inline void fp8_row(const QuantizeActivationJob& job) {
     if (scale == 0.0f) scale = 1.0f;
     if (range.has_nan) scale = bits_float(0x7fc00000u);
     for (int64_t k = begin; k < end; ++k)
-      codes[k] = encode_float<4, 3>(clamp(job.x[k] / scale, -448.0f, 448.0f));
+      codes[k] = SmallFloat<4, 3>::encode(clamp(job.x[k] / scale, -448.0f, 448.0f));
     job.scales[g] = scale;
   }
 }

@@ -207,8 +207,39 @@ struct Fp8Codec {
   }
 };
 
+#if defined(LOWBIT_BYTE_LUT)
+// FP8 by two byte tables: every value of both formats is exact in bf16, which is the upper half of fp32. Two look-ups
+// serve 64 weights, one permutation more per 16 builds the floats: a quarter of the instructions of Fp8Codec.
+struct Fp8TableCodec {
+  static constexpr bool kScaledInside = false;
+  V::ByteLut low, high;
+
+  explicit Fp8TableCodec(const WeightView& w) {
+    uint8_t halves[2][128];
+    for (int q = 0; q < 128; ++q) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, w.code + q, 4);
+      halves[0][q] = static_cast<uint8_t>(bits >> 16);
+      halves[1][q] = static_cast<uint8_t>(bits >> 24);
+    }
+    low = V::make_byte_lut(halves[0]);
+    high = V::make_byte_lut(halves[1]);
+  }
+
+  template <int Q, int J>
+  V::F value(const uint8_t* block, const Group&) const {
+    const V::I codes = Codes<8>::quad<Q>(block);
+    const V::I sign = V::band(codes, V::iset1(static_cast<int32_t>(0x80808080u)));
+    return V::float_of_halves<J>(V::lut128(codes, low), V::bor(V::lut128(codes, high), sign));
+  }
+};
+
+using E4m3Codec = Fp8TableCodec;
+using E5m2Codec = Fp8TableCodec;
+#else
 using E4m3Codec = Fp8Codec<4, 3, false>;
 using E5m2Codec = Fp8Codec<5, 2, true>;
+#endif
 
 // ---- from a format id to a codec type -------------------------------------------------------------------------------
 

@@ -79,6 +79,16 @@ void stream_rows(const Codec& codec, const GemmJob& job, int64_t strip, int64_t 
   for (int m = 0; m < rows; ++m) write_tile_row(job.y, job.w.N, m0 + m, strip * 16, total[m]);
 }
 
+// Up to kStreamRows rows with the smallest MR of 1, 2, 4, ... that holds them.
+template <int MR, class Codec>
+void stream_fitting(const Codec& codec, const GemmJob& job, int64_t strip, int64_t m0,
+                    int64_t rows) {
+  if constexpr (MR < V::kStreamRows) {
+    if (rows > MR) return stream_fitting<2 * MR>(codec, job, strip, m0, rows);
+  }
+  stream_rows<MR>(codec, job, strip, m0, rows);
+}
+
 struct StreamStrips {
   const GemmJob& job;
   int64_t begin, end;
@@ -87,16 +97,8 @@ struct StreamStrips {
   void operator()(const Codec& codec) const {
     for (int64_t strip = begin; strip < end; ++strip) {
       for (int64_t m = 0; m < job.x.M; m += V::kStreamRows) {
-        const int64_t rows = job.x.M - m < V::kStreamRows ? job.x.M - m : V::kStreamRows;
-        if (rows == 1) {
-          stream_rows<1>(codec, job, strip, m, rows);
-        } else if (rows == 2) {
-          stream_rows<2>(codec, job, strip, m, rows);
-        } else if (V::kStreamRows == 4 || rows <= 4) {
-          stream_rows<(V::kStreamRows < 4 ? 2 : 4)>(codec, job, strip, m, rows);
-        } else {
-          stream_rows<(V::kStreamRows < 8 ? 2 : 8)>(codec, job, strip, m, rows);
-        }
+        const int64_t left = job.x.M - m;
+        stream_fitting<1>(codec, job, strip, m, left < V::kStreamRows ? left : V::kStreamRows);
       }
     }
   }

@@ -128,7 +128,8 @@ struct IsaKernels {
   void (*quantize_group)(const QuantizeJob& job);
   void (*quantize_activation_row)(const QuantizeActivationJob& job);
   void (*dequantize_row)(const DequantizeJob& job);
-  int64_t stream_rows;  // the largest M that gemm_stream reads the weights once for
+  // The largest M for gemm_stream: two passes over a strip, the second of them from cache.
+  int64_t stream_rows;
 };
 
 const IsaKernels& kernels_portable();

@@ -1,9 +1,22 @@
 // The weight quantizer: one group of values -> codes, scale, zero. Included after round-inl.h.
 //
-// Round-to-nearest fixes scale and zero from the extremes of the group. The search starts from that, tries a grid of
-// smaller and larger ranges, then refits scale (and offset) by least squares to the codes found, and keeps a candidate
-// only if its squared error is smaller: never worse than round-to-nearest on any group. The error is summed in fp64
-// over 16 fixed lanes, so that the choice is the same on every ISA.
+// Round-to-nearest, in fp32 with IEEE division, ties to even (rne), R = rounding to the scales' dtype, top = 2^bits - 1;
+// scales and zeros are what is stored, and codes are computed against them:
+//
+//   no zeros      s = R(amax / (2^(bits-1) - 0.5))                       q = clamp(rne(x / s) + 2^(bits-1), 0, top)
+//   int zeros     s = R((hi - lo) / top)    z = clamp(rne(-lo / s))      q = clamp(rne(x / s) + z, 0, top)
+//   float zeros   the same s                z = R(-lo / s)               q = clamp(rne(x / s + z), 0, top)
+//                 (with zeros, lo = min(x, 0) and hi = max(x, 0))
+//   offset        s = R((max - min) / top)  o = R(min)                   q = clamp(rne((x - o) / s), 0, top)
+//   code book     s = R(amax / largest)     t = x / s, clamped           fp8, fp4: rne in the format; nf4: midpoints below t
+//
+// A group without extent has s = 1; an s that would round to 0 becomes the dtype's smallest number; a group with a NaN
+// has a NaN scale.
+//
+// The search starts from that, tries a grid of smaller and larger ranges, then refits scale (and offset) by least
+// squares to the codes found, and keeps a candidate only if its squared error is smaller: never worse than
+// round-to-nearest on any group. The error is summed in fp64 over 16 fixed lanes, so that the choice is the same on
+// every ISA.
 
 struct Affine {
   float scale;
@@ -17,38 +30,77 @@ struct IntEncoder {
   Affine p;
   float top;  // 2^bits - 1
 
-  float code(float x) const {
-    if constexpr (kKind == ZeroKind::kOffset)
-      return clamp(round_even(clamp((x - p.offset) / p.scale, -65536.0f, 65536.0f)), 0.0f, top);
-    if constexpr (kKind == ZeroKind::kFloat)
-      return clamp(round_even(clamp(x / p.scale + p.zero, -65536.0f, 65536.0f)), 0.0f, top);
-    return clamp(round_even(clamp(x / p.scale, -65536.0f, 65536.0f)) + p.zero, 0.0f, top);
+  float rounded_code(float x) const {
+    const float limit = 65536.0f;  // keeps round_even exact
+    if constexpr (kKind == ZeroKind::kOffset) {
+      return clamp(round_even(clamp((x - p.offset) / p.scale, -limit, limit)), 0.0f, top);
+    } else if constexpr (kKind == ZeroKind::kFloat) {
+      return clamp(round_even(clamp(x / p.scale + p.zero, -limit, limit)), 0.0f, top);
+    } else {
+      return clamp(round_even(clamp(x / p.scale, -limit, limit)) + p.zero, 0.0f, top);
+    }
   }
-  float level(float q) const { return kKind == ZeroKind::kOffset ? q : q - p.zero; }
-  float value(float q) const {
-    return kKind == ZeroKind::kOffset ? q * p.scale + p.offset : (q - p.zero) * p.scale;
+  uint8_t code(float x) const { return static_cast<uint8_t>(static_cast<int>(rounded_code(x))); }
+  // What the scale multiplies, and the weight itself.
+  float level(float x) const {
+    const float q = rounded_code(x);
+    return kKind == ZeroKind::kOffset ? q : q - p.zero;
+  }
+  float value(float x) const {
+    const float scaled = level(x) * p.scale;
+    return kKind == ZeroKind::kOffset ? scaled + p.offset : scaled;
   }
 };
 
-// Code books. Floats are rounded to nearest even, NF4 to the nearest level (a tie goes to the lower one).
-template <Format kFormat>
-struct CodeEncoder {
+// Code books that are floats: round to nearest even.
+template <class Float>
+struct FloatEncoder {
   Affine p;
-  const float* table;
   float max;
 
-  float code(float x) const {
-    const float t = clamp(x / p.scale, -max, max);
-    if constexpr (kFormat == Format::kFp8E4m3) return encode_float<4, 3>(t);
-    if constexpr (kFormat == Format::kFp8E5m2) return encode_float<5, 2>(t);
-    if constexpr (kFormat == Format::kFp4E2m1) return encode_float<2, 1>(t);
-    int index = 0;
-    for (int i = 0; i < 15; ++i) index += t > (table[i] + table[i + 1]) * 0.5f;
-    return static_cast<float>(index);
-  }
-  float level(float q) const { return table[static_cast<int>(q)]; }
-  float value(float q) const { return table[static_cast<int>(q)] * p.scale; }
+  float scaled(float x) const { return clamp(x / p.scale, -max, max); }
+  uint8_t code(float x) const { return Float::encode(scaled(x)); }
+  float level(float x) const { return Float::nearest(scaled(x)); }
+  float value(float x) const { return level(x) * p.scale; }
 };
+
+// NF4: the nearest of 16 levels; a tie goes to the lower one.
+struct Nf4Encoder {
+  Affine p;
+  float levels[16], middle[15];
+
+  explicit Nf4Encoder(const float* table) : p{} {
+    for (int i = 0; i < 16; ++i) levels[i] = table[i];
+    for (int i = 0; i < 15; ++i) middle[i] = (table[i] + table[i + 1]) * 0.5f;
+  }
+  uint8_t code(float x) const {
+    const float t = x / p.scale;
+    int index = 0;
+    for (int i = 0; i < 15; ++i) index += t > middle[i];
+    return static_cast<uint8_t>(index);
+  }
+  float level(float x) const {
+    const float t = x / p.scale;
+    float nearest = levels[0];
+#pragma GCC unroll 15
+    for (int i = 0; i < 15; ++i) {
+      const float above = levels[i + 1];  // loaded in any case, so that the choice is a blend
+      nearest = t > middle[i] ? above : nearest;
+    }
+    return nearest;
+  }
+  float value(float x) const { return level(x) * p.scale; }
+};
+
+// body(i, j) for element i in lane j = i % 16: a loop of exactly 16 where it can be, so that it becomes vectors.
+template <class Body>
+inline void for_lanes(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int j = 0; j < 16; ++j) body(i + j, j);
+  }
+  for (int j = 0; i + j < count; ++j) body(i + j, j);
+}
 
 inline double lane_total(const double (&lanes)[16]) {
   double total = 0;
@@ -57,17 +109,21 @@ inline double lane_total(const double (&lanes)[16]) {
 }
 
 template <class Encoder>
-double squared_error(const QuantizeJob& job, const Encoder& e) {
+double squared_error(const QuantizeJob& job, const Encoder& encoder) {
   double lanes[16] = {};
-  for (int64_t i = 0; i < job.count; i += 16) {
-    const int64_t count = job.count - i < 16 ? job.count - i : 16;
-    for (int64_t j = 0; j < count; ++j) {
-      const double difference = static_cast<double>(job.values[i + j]) -
-                                static_cast<double>(e.value(e.code(job.values[i + j])));
-      const double weight =
-          job.importance != nullptr ? static_cast<double>(job.importance[i + j]) : 1.0;
-      lanes[j] += weight * (difference * difference);
-    }
+  const Encoder e = encoder;  // a copy that nothing can alias
+  const float* x = job.values;
+  if (job.importance == nullptr) {
+    for_lanes(job.count, [&](int64_t i, int j) {
+      const double difference = static_cast<double>(x[i]) - static_cast<double>(e.value(x[i]));
+      lanes[j] += difference * difference;
+    });
+  } else {
+    const float* importance = job.importance;
+    for_lanes(job.count, [&](int64_t i, int j) {
+      const double difference = static_cast<double>(x[i]) - static_cast<double>(e.value(x[i]));
+      lanes[j] += static_cast<double>(importance[i]) * (difference * difference);
+    });
   }
   return lane_total(lanes);
 }
@@ -76,20 +132,16 @@ double squared_error(const QuantizeJob& job, const Encoder& e) {
 template <ZeroKind kKind, class Encoder>
 Affine refit(const QuantizeJob& job, const Encoder& e) {
   double w[16] = {}, l[16] = {}, ll[16] = {}, x[16] = {}, lx[16] = {};
-  for (int64_t i = 0; i < job.count; i += 16) {
-    const int64_t count = job.count - i < 16 ? job.count - i : 16;
-    for (int64_t j = 0; j < count; ++j) {
-      const double value = job.values[i + j];
-      const double level = e.level(e.code(job.values[i + j]));
-      const double weight =
-          job.importance != nullptr ? static_cast<double>(job.importance[i + j]) : 1.0;
-      w[j] += weight;
-      l[j] += weight * level;
-      ll[j] += weight * level * level;
-      x[j] += weight * value;
-      lx[j] += weight * level * value;
-    }
-  }
+  for_lanes(job.count, [&](int64_t i, int j) {
+    const double value = job.values[i];
+    const double level = e.level(job.values[i]);
+    const double weight = job.importance == nullptr ? 1.0 : static_cast<double>(job.importance[i]);
+    w[j] += weight;
+    l[j] += weight * level;
+    ll[j] += weight * level * level;
+    x[j] += weight * value;
+    lx[j] += weight * level * value;
+  });
   const double sw = lane_total(w), sl = lane_total(l), sll = lane_total(ll), sx = lane_total(x),
                slx = lane_total(lx);
   Affine p = e.p;
@@ -118,15 +170,12 @@ inline Range range_of(const float* values, int64_t count) {
   float low[16], high[16];
   int nan = 0;
   for (int j = 0; j < 16; ++j) low[j] = high[j] = values[0];
-  for (int64_t i = 0; i < count; i += 16) {
-    const int64_t n = count - i < 16 ? count - i : 16;
-    for (int64_t j = 0; j < n; ++j) {
-      const float v = values[i + j];
-      low[j] = v < low[j] ? v : low[j];
-      high[j] = v > high[j] ? v : high[j];
-      nan |= is_nan(v);
-    }
-  }
+  for_lanes(count, [&](int64_t i, int j) {
+    const float v = values[i];
+    low[j] = v < low[j] ? v : low[j];
+    high[j] = v > high[j] ? v : high[j];
+    nan |= is_nan(v);
+  });
   Range r{low[0], high[0], 0.0f, nan != 0};
   for (int j = 1; j < 16; ++j) {
     r.low = low[j] < r.low ? low[j] : r.low;
@@ -202,8 +251,7 @@ void quantize_with(const QuantizeJob& job, Encoder e) {
                       e.p.scale < bits_float(0x7f800000u);
   if (range.has_nan) e.p = {quiet_nan, kKind == ZeroKind::kInt ? 0.0f : e.p.zero, quiet_nan};
   if (finite && job.search) search_scale<kKind>(job, range, e);
-  for (int64_t i = 0; i < job.count; ++i)
-    job.codes[i] = static_cast<uint8_t>(static_cast<int>(e.code(job.values[i])));
+  for (int64_t i = 0; i < job.count; ++i) job.codes[i] = e.code(job.values[i]);
   store_rounded(e.p.scale, job.scale_dtype, job.scale);
   if constexpr (kKind == ZeroKind::kInt)
     *job.zero = static_cast<uint8_t>(static_cast<int>(clamp(e.p.zero, 0.0f, 255.0f)));
@@ -211,22 +259,23 @@ void quantize_with(const QuantizeJob& job, Encoder e) {
   if constexpr (kKind == ZeroKind::kOffset) store_rounded(e.p.offset, job.scale_dtype, job.zero);
 }
 
-template <Format kFormat>
-void quantize_code(const QuantizeJob& job) {
-  quantize_with<ZeroKind::kNone>(job, CodeEncoder<kFormat>{{}, job.code, job.max});
+template <int kExponentBits, int kMantissaBits>
+void quantize_float(const QuantizeJob& job) {
+  quantize_with<ZeroKind::kNone>(
+      job, FloatEncoder<SmallFloat<kExponentBits, kMantissaBits>>{{}, job.max});
 }
 
 void quantize_group(const QuantizeJob& job) {
   const float top = static_cast<float>((1 << job.bits) - 1);
   switch (job.format) {
     case Format::kFp8E4m3:
-      return quantize_code<Format::kFp8E4m3>(job);
+      return quantize_float<4, 3>(job);
     case Format::kFp8E5m2:
-      return quantize_code<Format::kFp8E5m2>(job);
+      return quantize_float<5, 2>(job);
     case Format::kFp4E2m1:
-      return quantize_code<Format::kFp4E2m1>(job);
+      return quantize_float<2, 1>(job);
     case Format::kNf4:
-      return quantize_code<Format::kNf4>(job);
+      return quantize_with<ZeroKind::kNone>(job, Nf4Encoder(job.code));
     default:
       break;
   }

@@ -54,21 +54,38 @@ inline float rounded_scale(float scale, ScaleDtype dtype) {
   return result == 0.0f ? smallest(dtype) : result;
 }
 
-// Round to a float with few bits: sign, exponent (IEEE bias), mantissa. |value| is at most the largest finite code.
+// A float with few bits: sign, exponent (IEEE bias), mantissa. |value| is at most the largest finite one.
 template <int kExponentBits, int kMantissaBits>
-inline uint8_t encode_float(float value) {
-  constexpr int bias = (1 << (kExponentBits - 1)) - 1;
-  constexpr int drop = 23 - kMantissaBits;
-  const uint32_t bits = float_bits(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude + (1u << (drop - 1)) - 1u + ((magnitude >> drop) & 1u) -
-                           (static_cast<uint32_t>(127 - bias) << 23)) >>
-                          drop;
-  // Below the smallest normal: a multiple of 2^(1 - bias - mantissa bits).
-  constexpr float inverse_spacing = static_cast<float>(1u << (bias - 1 + kMantissaBits));
-  const uint32_t subnormal = static_cast<uint32_t>(
-      static_cast<int32_t>(round_even(bits_float(magnitude) * inverse_spacing)));
-  constexpr uint32_t smallest_normal = static_cast<uint32_t>(127 + 1 - bias) << 23;
-  const uint32_t code = magnitude < smallest_normal ? subnormal : normal;
-  return static_cast<uint8_t>(code | (bits >> 31) << (kExponentBits + kMantissaBits));
-}
+struct SmallFloat {
+  static constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
+  static constexpr int kDrop = 23 - kMantissaBits;
+  static constexpr uint32_t kSmallestNormal = static_cast<uint32_t>(127 + 1 - kBias) << 23;
+  // Subnormals are multiples of 1 / kInverseSpacing.
+  static constexpr float kInverseSpacing = static_cast<float>(1u << (kBias - 1 + kMantissaBits));
+
+  // fp32 bits of a normal magnitude, rounded to kMantissaBits; the bits dropped are not yet cleared.
+  static uint32_t rounded_bits(uint32_t magnitude) {
+    return magnitude + (1u << (kDrop - 1)) - 1u + ((magnitude >> kDrop) & 1u);
+  }
+
+  static uint8_t encode(float value) {
+    const uint32_t bits = float_bits(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal =
+        (rounded_bits(magnitude) - (static_cast<uint32_t>(127 - kBias) << 23)) >> kDrop;
+    const uint32_t subnormal = static_cast<uint32_t>(
+        static_cast<int32_t>(round_even(bits_float(magnitude) * kInverseSpacing)));
+    const uint32_t code = magnitude < kSmallestNormal ? subnormal : normal;
+    return static_cast<uint8_t>(code | (bits >> 31) << (kExponentBits + kMantissaBits));
+  }
+
+  // What `encode` decodes to, without a table look-up in the inner loop of the scale search.
+  static float nearest(float value) {
+    const uint32_t bits = float_bits(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const float normal = bits_float(rounded_bits(magnitude) >> kDrop << kDrop);
+    const float subnormal = round_even(bits_float(magnitude) * kInverseSpacing) / kInverseSpacing;
+    const float result = magnitude < kSmallestNormal ? subnormal : normal;
+    return bits_float(float_bits(result) | (bits & 0x80000000u));
+  }
+};

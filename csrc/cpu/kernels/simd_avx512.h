@@ -7,13 +7,18 @@
 
 #define LOWBIT_UNROLLED __attribute__((always_inline))
 
+#if defined(__AVX512VBMI__)
+#define LOWBIT_BYTE_LUT  // V has ByteLut, lut128 and float_of_halves
+#endif
+
 struct V {
   using F = __m512;
   using I = __m512i;
   using Lut = __m512;
   // vpermps reads only the low four bits of an index, so that callers need not mask.
   static constexpr bool kFastLut = true;
-  static constexpr int kStreamRows = 8;  // rows of x that the stream kernel holds in registers
+  static constexpr int kStreamRows =
+      8;  // as many pointers into x as there are general registers to spare
   static constexpr int kPanelRows = 8;
   static constexpr int kPanelStrips = 2;  // 8 x 2 accumulators of 32 registers
 
@@ -50,6 +55,26 @@ struct V {
 
   static Lut make_lut(const float* table) { return _mm512_loadu_ps(table); }
   static F lut16(I index, Lut table) { return _mm512_permutexvar_ps(index, table); }
+
+#if defined(__AVX512VBMI__)
+  // Tables of 128 bytes, indexed by the low seven bits of every byte.
+  struct ByteLut {
+    __m512i low, high;
+  };
+  static ByteLut make_byte_lut(const uint8_t* table) { return {iload(table), iload(table + 64)}; }
+  static I lut128(I index, ByteLut table) {
+    return _mm512_permutex2var_epi8(table.low, index, table.high);
+  }
+  // Lane n as the float whose upper half is (high << 8 | low) of byte 4 * n + kByte.
+  template <int kByte>
+  static F float_of_halves(I low, I high) {
+    const I pattern = _mm512_add_epi32(
+        _mm512_set1_epi32(kByte << 16 | (64 + kByte) << 24),
+        _mm512_mullo_epi32(_mm512_set1_epi32(0x04040000),
+                           _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
+    return as_f(_mm512_maskz_permutex2var_epi8(0xccccccccccccccccull, low, pattern, high));
+  }
+#endif
 
   static F load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(iload_u8(p)); }
   static I iload_u8(const uint8_t* p) {
