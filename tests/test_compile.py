@@ -13,6 +13,7 @@ SPEC = Spec("int4", "int", 32, "bfloat16")
 BLOCK = Spec("fp8_e4m3", group_size=128, scaling="block128")
 N, K = 48, 100
 W, DESC = packed(SPEC, N, K), cpu_desc(SPEC)
+CANONICAL_DESC, BLOCK_DESC, OFFSET_DESC = desc(SPEC), cpu_desc(BLOCK), desc(Spec("int8", "offset"))  # _C is not traced
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def _train(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 def _infer(x: torch.Tensor, w: torch.Tensor, block: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
     y = ops.gemm(x * 2, w, bias, N, K, DESC)
     int8 = ops.gemm_a8(*ops.quantize_activation(x, INT8, symmetric=False), w, bias, N, K, DESC, 0, torch.float32)
-    fp8 = ops.gemm_a8(*ops.quantize_activation(x, FP8, 128), block, None, N, K, cpu_desc(BLOCK), 0, torch.float32)
+    fp8 = ops.gemm_a8(*ops.quantize_activation(x, FP8, 128), block, None, N, K, BLOCK_DESC, 0, torch.float32)
     out = torch.empty_like(y)
     ops.gemm_out(x, w, None, N, K, DESC, 0, out)
     return y.relu(), int8, fp8, out + 1
@@ -69,10 +70,10 @@ class _Model(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y = ops.gemm(x, self.w, None, N, K, DESC)
-        dense = ops.dequantize(self.packed, self.scales, self.zeros, None, N, K, desc(SPEC), x.dtype)
+        dense = ops.dequantize(self.packed, self.scales, self.zeros, None, N, K, CANONICAL_DESC, x.dtype)
         w = ops.pack(*ops.unpack(self.w, N, K, DESC), N, K, DESC)
-        stream, scales, zeros = ops.quantize(x.flatten(0, -2), desc(Spec("int8", "offset")))
-        back = ops.dequantize(stream, scales, zeros, None, 6, K, desc(Spec("int8", "offset")))
+        stream, scales, zeros = ops.quantize(x.flatten(0, -2), OFFSET_DESC)
+        back = ops.dequantize(stream, scales, zeros, None, 6, K, OFFSET_DESC)
         return y, x @ dense.t(), ops.linear(x, w, None, N, K, DESC), back
 
 
@@ -102,7 +103,9 @@ def test_export() -> None:
 def test_wrong_shapes_fail_while_tracing() -> None:
     """Fake kernels check as the real ones do, so that a graph that cannot run is not built."""
     compiled = torch.compile(lambda x: ops.gemm(x, W, None, N, K, DESC), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=r"lowbit::gemm: x has K=99 in its last dimension, the weight has K=100"):
+    with pytest.raises(
+        Exception, match=r"lowbit::gemm: x of shape \[2, 99\] has K=99 in its last dimension, the weight has K=100"
+    ):
         compiled(random_x(2, 99))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reference
-from cases import DTYPES, FEW_ROWS, KINDS, LARGE, cpu_desc, dense, packed, random_x, specs
+from cases import DTYPES, FEW_ROWS, KINDS, LARGE, cpu_desc, dense, desc, packed, random_x, specs
 from lowbit import ops
 from reference import UNIT, Spec
 
@@ -170,7 +170,7 @@ def test_gradients_are_never_dropped_silently(op: str) -> None:
         "gemm_out": lambda: ops.gemm_out(x, w, None, N, K, DESC, 0, torch.empty(2, N)),
         "gemm_grad_input": lambda: ops.gemm_grad_input(torch.ones(2, N, requires_grad=True), w, N, K, DESC),
         "quantize_activation": lambda: ops.quantize_activation(x, 6),
-        "quantize": lambda: ops.quantize(x, DESC),
+        "quantize": lambda: ops.quantize(x, desc(Spec("int4"))),
     }
     with pytest.raises(RuntimeError, match=f"lowbit::{op}: has no gradient, but an input requires grad"):
         calls[op]()

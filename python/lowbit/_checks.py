@@ -48,6 +48,7 @@ class Desc(NamedTuple):
 
     format: str
     bits: int
+    zero_kind: str
     group_size: int
     scale_dtype: torch.dtype
     zero_dtype: torch.dtype | None
@@ -71,6 +72,7 @@ def parse(desc: int) -> Desc:
     return Desc(
         format=row["name"],
         bits=row["bits"],
+        zero_kind=kind,
         group_size=fields["group_size"],
         scale_dtype=scale_dtype,
         zero_dtype={"none": None, "int": torch.uint8}.get(kind, scale_dtype),
@@ -151,9 +153,10 @@ def check_canonical(
     packed_shape, scales_shape = canonical_shapes(N, K, d)
     check_tensor(op, "packed", packed, packed_shape, torch.uint8)
     check_tensor(op, "scales", scales, scales_shape, d.scale_dtype)
-    for name, tensor, wanted in (("zeros", zeros, d.zero_dtype is not None), ("perm", perm, d.has_perm)):
-        given = "given" if tensor is not None else "absent"
-        check((tensor is not None) == wanted, op, f"{name} is {given}, but desc says otherwise ({d})")
+    given = "absent" if zeros is None else "given"
+    check((zeros is None) == (d.zero_dtype is None), op, f"zeros are {given}, but desc says zeros={d.zero_kind}")
+    given, wanted = "absent" if perm is None else "given", "there" if d.has_perm else "not"
+    check((perm is not None) == d.has_perm, op, f"perm is {given}, but desc says it is {wanted}")
     if zeros is not None and d.zero_dtype is not None:
         check_tensor(op, "zeros", zeros, scales_shape, d.zero_dtype)
     if perm is not None:

@@ -304,5 +304,5 @@ def _(
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    _check_gemm_a8("gemm_a8_out", xq, x_scales, x_zeros, w, bias, N, K, desc, out.dtype)
     check_out("gemm_a8_out", out, xq, N)
+    _check_gemm_a8("gemm_a8_out", xq, x_scales, x_zeros, w, bias, N, K, desc, out.dtype)
