@@ -63,9 +63,9 @@ def test_pack_and_unpack_are_inverse(text: str, perm: bool) -> None:
 
 def test_unpack_refuses_another_size() -> None:
     w = quantized("int4-g32")
-    with pytest.raises((RuntimeError, ValueError), match=r"unpack: w has shape"):
+    with pytest.raises(RuntimeError, match=r"unpack: w has shape"):
         QuantizedWeight.unpack(w.pack()[:-1], w.scheme, w.shape, LAYOUTS[0])
-    with pytest.raises((RuntimeError, ValueError), match="layout canonical"):
+    with pytest.raises(RuntimeError, match="layout canonical"):
         w.pack(0)
 
 

@@ -227,7 +227,7 @@ class QuantizedWeight:
             scheme, shape, layout, has_perm: of the weight that was packed; they are not stored in the tensor.
 
         Raises:
-            ValueError, RuntimeError: the tensor has another size than these ask for.
+            RuntimeError: the tensor has another size than these ask for.
         """
         scheme = Scheme.parse(scheme)
         N, K = check_shape(scheme, shape)
