@@ -195,3 +195,16 @@ def test_layout_is_ignored() -> None:
     plain = ops.quantize(weight, desc(Spec("int4", group_size=16)))
     other = ops.quantize(weight, desc(Spec("int4", group_size=16), layout=1))
     assert torch.equal(plain[0], other[0]) and torch.equal(plain[1], other[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flush_to_zero_changes_nothing(kind: str, isa: str) -> None:
+    """torch.set_flush_denormal is a thread's setting: it must not decide what an artifact contains."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush")
+    try:
+        got = [ops.quantize(weight, desc(expected.spec)) for weight, expected in _expected_odd(kind)]
+    finally:
+        torch.set_flush_denormal(False)
+    for result, (_, expected) in zip(got, _expected_odd(kind), strict=True):
+        _assert_same(result, expected, str(expected.spec))
