@@ -148,7 +148,6 @@ def test_autocast_leaves_the_other_ops_alone() -> None:
         assert got is want is None or torch.equal(got, want)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compile_under_autocast(dtype: torch.dtype) -> None:
     @torch.compile(fullgraph=True, dynamic=True)
@@ -164,7 +163,6 @@ def test_compile_under_autocast(dtype: torch.dtype) -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
 
 
-@pytest.mark.slow
 def test_compile_every_op() -> None:
     model = torch.compile(_Model(), fullgraph=True, dynamic=False)
     x = random_x(2, 3, K)

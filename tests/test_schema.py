@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit import _ops_a8, ops
+from lowbit import _C, Scheme, _ops_a8, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 WRAPPERS = [name for name in dir(ops) if name in ops.__all__]
@@ -55,9 +56,43 @@ def test_kernels_are_registered(name: str) -> None:
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_documentation_is_complete(name: str) -> None:
     doc = inspect.getdoc(getattr(ops, name)) or ""
-    first, _, rest = doc.partition("\n")
-    assert first.endswith((".", ";", ":")) or "Allocates" in first or not rest.startswith("\n"), first
-    assert "Example:" in doc and ">>> " in doc
-    assert name in doc[doc.index("Example:") :]
+    summary = doc.partition("\n\n")[0]
+    assert "\n" not in summary and summary.endswith("."), summary
+    assert "Example:" in doc and name in doc[doc.index("Example:") :]
     if not name.endswith("_out"):
         assert "Raises:" in doc
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_example_runs(name: str) -> None:
+    """Each example, with the names that it takes for granted."""
+    N, K = 64, 256
+    scheme = Scheme.parse("int4-g128")
+    layout = _C.preferred_layout("cpu", scheme.desc())
+    desc = scheme.desc() if name in ("quantize", "dequantize", "dequantize_out") else scheme.desc(layout)
+    packed, scales, _ = ops.quantize(torch.randn(N, K), scheme.desc())
+    x = torch.randn(8, K)
+    INT8 = _C.enums()["format"]["int8"]
+    xq, x_scales, _ = ops.quantize_activation(x, INT8)
+    known = {
+        **{wrapper: getattr(ops, wrapper) for wrapper in WRAPPERS},
+        "torch": torch,
+        "Scheme": Scheme,
+        "_C": _C,
+        "INT8": INT8,
+        "scheme": scheme,
+        "layout": layout,
+        "desc": desc,
+        "packed": packed,
+        "scales": scales,
+        "w": ops.pack(packed, scales, None, None, N, K, scheme.desc(layout)),
+        "x": x,
+        "dy": torch.randn(8, N),
+        "bias": torch.randn(N),
+        "xq": xq,
+        "x_scales": x_scales,
+    }
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(ops, name)) or "")
+    assert examples
+    for example in examples:
+        exec(example.source, known)

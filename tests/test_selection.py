@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from cases import BATCH_INVARIANT, FP8, INT8, KINDS, cpu_desc, packed, random_x
+from cases import BATCH_INVARIANT, FP8, INT8, KINDS, cpu_desc, packed, random_x, specs
 from lowbit import _C, _selection, ops
 from lowbit._selection import can_implement, explain, kernel_table, set_strict
 from reference import Spec
@@ -60,19 +60,20 @@ def test_every_problem_has_a_kernel_and_every_refusal_a_reason(level: str) -> No
                         assert all(verdict for _, verdict in answer.rows)
 
 
-def test_every_kernel_is_chosen_for_something() -> None:
-    """A row that nothing reaches is dead code, and untested."""
+def test_the_cases_reach_every_kernel() -> None:
+    """A row that no case reaches would be untested, or dead. These are the problems of test_gemm, _gemm_a8 and _grad."""
     chosen = set()
-    for _, spec in _problems():
-        for op in OPS:
-            for M in (1, 4, 64):
-                for dtype in ("int8", "float8_e4m3fn") if op == "gemm_a8" else ("bfloat16",):
+    for kind in KINDS:
+        for spec, N, K in specs(kind):
+            for op in OPS:
+                for dtype in ("int8", "float8_e4m3fn") if op == "gemm_a8" else ("bfloat16", "float32", "float16"):
                     for level in _C.isa_levels():
-                        device = f"cpu:{level}"
-                        answer = explain(op, M=M, N=130, K=264, scheme=cpu_desc(spec), device=device, dtype=dtype)
-                        chosen.add((op, answer.chosen))
-    listed = {(row["op"], _selection.full_name(row)) for row in kernel_table()}
-    assert listed == chosen
+                        for M in (1, 4, 33):
+                            answer = explain(
+                                op, M=M, N=N, K=K, scheme=cpu_desc(spec), device=f"cpu:{level}", dtype=dtype
+                            )
+                            chosen.add((op, answer.chosen))
+    assert {(row["op"], _selection.full_name(row)) for row in kernel_table()} == chosen
 
 
 def test_prints_as_a_table() -> None:
@@ -103,6 +104,7 @@ def test_batch_invariant_and_device_matter() -> None:
     assert explain(**GEMM, device="cpu:portable").chosen.endswith("portable")
     assert explain(**GEMM, device=torch.device("cpu")).chosen == explain(**GEMM).chosen
     assert explain(**GEMM, dtype=torch.float32).chosen is not None
+    assert explain("gemm_a8", **GEMM).rows == explain("gemm_a8", **GEMM, dtype=torch.int8).rows
 
 
 def test_can_implement() -> None:
@@ -127,8 +129,14 @@ def test_errors() -> None:
         explain(**{**GEMM, "N": 0})
     with pytest.raises(ValueError, match="cuda"):
         explain(**GEMM, device="cuda")
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(
+        ValueError, match="dtype=float64 is not one of the activations of gemm: bfloat16, float16, float32"
+    ):
         explain(**GEMM, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match="dtype=bfloat16 is not one of the activations of gemm_a8: int8, float8_e4m3fn"
+    ):
+        explain("gemm_a8", **GEMM, dtype=torch.bfloat16)
 
 
 def _general_calls():
@@ -150,8 +158,9 @@ def _general_calls():
 @pytest.mark.parametrize("op", list(_general_calls()))
 def test_strict_refuses_the_general_kernel(op: str, strict: None) -> None:
     call = _general_calls()[op]
+    name = "gemm" if op == "linear" else op  # one kernel behind both
     with pytest.raises(
-        RuntimeError, match=f"lowbit::{op}: LOWBIT_STRICT is set and only the general kernel takes .*group_size=24"
+        RuntimeError, match=f"lowbit::{name}: LOWBIT_STRICT is set and only the general .* group_size=24"
     ):
         call()
     set_strict(False)
@@ -166,26 +175,34 @@ def test_strict_lets_fast_kernels_run(strict: None) -> None:
             ops.gemm(random_x(M, 64), packed(spec, 17, 64), None, 17, 64, cpu_desc(spec), flags)
 
 
-@pytest.mark.parametrize(("value", "fails"), [("1", True), ("0", False), ("", False)])
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "import torch, lowbit\nfrom lowbit import _C, _selection, ops\n" + code
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(("value", "fails"), [("1", True), ("0", False)])
 def test_strict_from_the_environment(value: str, fails: bool) -> None:
     code = (
-        "import torch, lowbit; from lowbit import _C, ops, _selection\n"
         "d = _C.make_desc(3, 24, 0, 0, 0, False, 1)\n"
         "w = torch.zeros(_C.packed_size(4, 24, d), dtype=torch.uint8)\n"
         "ops.gemm(torch.ones(1, 24), w, None, 4, 24, d)\n"
         "assert not _selection.strict()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "LOWBIT_STRICT": value}, capture_output=True, text=True
-    )
+    done = _run(code, LOWBIT_STRICT=value)
     assert (done.returncode != 0) == fails, done.stderr
-    assert ("LOWBIT_STRICT" in done.stderr) == fails
+    assert ("LOWBIT_STRICT is set" in done.stderr) == fails
 
 
-@pytest.mark.parametrize("level", _C.isa_levels())
+@pytest.mark.parametrize("level", sorted({_C.isa_levels()[-1], _C.isa_levels()[-2 % len(_C.isa_levels())]}))
 def test_isa_from_the_environment(level: str) -> None:
-    code = "import torch, lowbit; from lowbit import _C; print(_C.isa())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "LOWBIT_ISA": level}, capture_output=True, text=True
-    )
+    done = _run("print(_C.isa())", LOWBIT_ISA=level)
     assert done.stdout.strip() == level, done.stderr
+
+
+def test_unknown_isa_in_the_environment() -> None:
+    """Importing works, so that `lowbit info` can tell; the first use says what is wrong."""
+    done = _run("_C.isa()", LOWBIT_ISA="sse9")
+    assert "instruction set 'sse9' is not one that this CPU can run: " in done.stderr
+    assert "ValueError" in done.stderr

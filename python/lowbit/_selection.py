@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -62,12 +63,22 @@ def _as_desc(scheme: Any, device_type: str) -> int:
     return scheme.desc(layout=_C.preferred_layout(device_type, scheme.desc(layout=0)))
 
 
-def _dtype_name(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")
+def _dtype_name(op: str, dtype: torch.dtype | str | None) -> str:
+    known = ("int8", "float8_e4m3fn") if op == "gemm_a8" else ("bfloat16", "float16", "float32")
+    name = known[0] if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise ValueError(f"dtype={name} is not one of the activations of {op}: {', '.join(known)}")
+    return name
+
+
+@functools.cache
+def _generality() -> dict[tuple[str, str], bool]:
+    """(op, full name) of every kernel -> whether it is general."""
+    return {(row["op"], full_name(row)): row["general"] for row in _C.kernel_table()}
 
 
 def _kernel_op(op: str) -> str:
-    known = list(dict.fromkeys(row["op"] for row in _C.kernel_table()))
+    known = list(dict.fromkeys(kernel_op for kernel_op, _ in _generality()))
     name = _SAME_KERNELS.get(op, op)
     if name not in known:
         raise ValueError(f"unknown op {op!r}; the kernel table has {', '.join(known)}")
@@ -87,7 +98,7 @@ def explain(
     K: int,
     scheme: Any,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | str = torch.bfloat16,
+    dtype: torch.dtype | str | None = None,
     batch_invariant: bool = False,
 ) -> Explanation:
     """The kernel that serves a problem, and why each faster one refused it.
@@ -97,7 +108,7 @@ def explain(
         M, N, K: x is [M, K] and W is [N, K].
         scheme: a Scheme, its string form ("int4-g128"), or a desc. The first two mean the device's preferred layout.
         device: "cpu", "cuda", ...; "cpu:avx2" answers for that instruction set, whatever this machine has.
-        dtype: of the activations; for gemm_a8 "int8" or "float8_e4m3fn".
+        dtype: of the activations; bfloat16 (float16, float32), for gemm_a8 int8 (float8_e4m3fn).
         batch_invariant: as the flag of `gemm`.
 
     Raises:
@@ -110,12 +121,13 @@ def explain(
     where = str(device)
     desc = _as_desc(scheme, where.partition(":")[0])
     flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
-    rows = _C.explain(kernel_op, where, M, N, K, desc, _dtype_name(dtype), flags)
+    activations = _dtype_name(kernel_op, dtype)
+    rows = _C.explain(kernel_op, where, M, N, K, desc, activations, flags)
     chosen = next((name for name, reason in rows if not reason), None)
-    general = any(row["general"] for row in _C.kernel_table() if row["op"] == kernel_op and full_name(row) == chosen)
+    general = chosen is not None and _generality().get((kernel_op, chosen), False)
     said = scheme if isinstance(scheme, str) else f"desc {desc:#x}" if isinstance(scheme, int) else str(scheme)
     return Explanation(
-        problem=f"{op} M={M} N={N} K={K} {said} {_dtype_name(dtype)} on {where}"
+        problem=f"{op} M={M} N={N} K={K} {said} {activations} on {where}"
         + (" batch_invariant" if batch_invariant else ""),
         rows=tuple((name, reason or "chosen") for name, reason in rows),
         chosen=chosen,
@@ -131,7 +143,7 @@ def can_implement(
     K: int,
     scheme: Any,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | str = torch.bfloat16,
+    dtype: torch.dtype | str | None = None,
     batch_invariant: bool = False,
     strict: bool = False,
 ) -> bool:
