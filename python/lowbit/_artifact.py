@@ -39,6 +39,7 @@ __all__ = [
     "Item",
     "Layer",
     "Manifest",
+    "check_files",
     "layer_item",
     "read_manifest",
     "read_tensors",
@@ -53,7 +54,8 @@ MAX_SHARD_BYTES: Final = 5_000_000_000
 _MAX_MANIFEST: Final = 256 << 20
 _SHARD: Final = re.compile(r"lowbit-[0-9a-f]{16}\.safetensors")
 _TEMPORARY: Final = ".lowbit-tmp-"
-_KINDS: Final = ("parameter", "buffer", "transient", "quantized")
+#: "tensor" comes from a checkpoint, which does not say whether it was a parameter or a buffer.
+_KINDS: Final = ("parameter", "buffer", "transient", "quantized", "tensor")
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -65,7 +67,8 @@ class Item:
     Args:
         specs: dtype and shape of each tensor, known before any is made.
         produce: makes them all.
-        kind: "parameter", "buffer", "transient" (a non-persistent buffer) or "quantized".
+        kind: "parameter", "buffer", "transient" (a non-persistent buffer), "quantized", or "tensor" (from a checkpoint,
+            which does not say whether it is a parameter or a buffer).
     """
 
     specs: Mapping[str, Spec]
@@ -415,12 +418,11 @@ def _check_names(manifest: Manifest, where: str) -> None:
                 )
 
 
-def read_tensors(manifest: Manifest, advance: Advance | None = None) -> dict[str, Tensor]:
-    """Every tensor of an artifact, on the CPU, read once and verified against the manifest.
+def check_files(manifest: Manifest) -> None:
+    """That every shard is there and as long as the manifest says, and no other safetensors file is; contents are not read.
 
     Raises:
-        ArtifactError: a shard is missing, extra, renamed or altered.
-        FormatError: a shard is not a well-formed safetensors file.
+        ArtifactError: a shard is missing, extra, renamed, or of another size.
     """
     root = manifest.directory
     for path in sorted(root.glob("*.safetensors")):
@@ -434,6 +436,17 @@ def read_tensors(manifest: Manifest, advance: Advance | None = None) -> dict[str
             raise ArtifactError(f"{root / name}: listed in {MANIFEST}, but missing or renamed") from None
         if actual != size:
             raise ArtifactError(f"{root / name}: {actual} bytes, {MANIFEST} says {size}: truncated or altered")
+
+
+def read_tensors(manifest: Manifest, advance: Advance | None = None) -> dict[str, Tensor]:
+    """Every tensor of an artifact, on the CPU, read once and verified against the manifest.
+
+    Raises:
+        ArtifactError: a shard is missing, extra, renamed or altered.
+        FormatError: a shard is not a well-formed safetensors file.
+    """
+    check_files(manifest)
+    root = manifest.directory
     found: dict[str, Tensor] = {}
     for file, (size, sha256) in manifest.files.items():
         expected = {name: (entry[1], entry[2]) for name, entry in manifest.tensors.items() if entry[0] == file}

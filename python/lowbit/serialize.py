@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lowbit import _artifact
 from lowbit._artifact import Item, Layer, Manifest
@@ -160,7 +162,7 @@ def load_quantized(
         >>> model = lowbit.load_quantized(lambda: Encoder(config), "encoder-int4")
     """
     manifest = _artifact.read_manifest(directory)
-    model = _make_model(model_or_factory)
+    model = _make_model(model_or_factory, manifest)
     replaced = _fit_layers(model, manifest)
     targets = _fit_tensors(model, manifest, replaced)
     with progress_bar("loading", sum(size for size, _ in manifest.files.values()), progress) as advance:
@@ -180,14 +182,43 @@ def load_quantized(
     return model
 
 
-def _make_model(model_or_factory: Model | Callable[[], Model]) -> Model:
+def _make_model(model_or_factory: Model | Callable[[], Model], manifest: Manifest) -> Model:
     if isinstance(model_or_factory, nn.Module):
         return cast(Model, model_or_factory)
     with torch.device("meta"):
         model = model_or_factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"the factory must return an nn.Module, got {type(model).__name__}")
+    if _lacks_transients(model, manifest):
+        # An artifact made from a checkpoint, which leaves out what a module computes when it is made (rotary tables).
+        with _parameters_on_meta():
+            model = model_or_factory()
     return model
+
+
+def _lacks_transients(model: nn.Module, manifest: Manifest) -> bool:
+    """Whether a non-persistent buffer is on the meta device and nothing is stored for it."""
+    return any(
+        kind == "transient" and tensor.is_meta and _resolve(manifest, _join(path, name)) is None
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor, kind in _tensors(module)
+    )
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made in here compute their buffers, but hold no parameters longer than it takes to make one."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None  # as it is: a tied one stays tied
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # annotated as returning None
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _some(names: set[str]) -> str:
@@ -252,7 +283,7 @@ def _fit_tensors(model: nn.Module, manifest: Manifest, replaced: Mapping[str, st
         _, _, shape, stored_kind = manifest.tensors[source]
         if tuple(tensor.shape) != shape:
             raise ArtifactError(f"{where}: {full} is {list(shape)}, the model's is {list(tensor.shape)}")
-        if (kind == "parameter") != (stored_kind == "parameter"):
+        if stored_kind != "tensor" and (kind == "parameter") != (stored_kind == "parameter"):
             raise ArtifactError(f"{where}: {full} is stored as a {stored_kind}, the model's is a {kind}")
         found.append((path, name, source))
     if missing:

@@ -1,0 +1,209 @@
+"""Running a comparison: shapes x threads x M, everybody in turns; the result is plain JSON values."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+import lowbit
+from lowbit import _C
+from lowbit.commands._cases import Shape
+from lowbit.commands._contenders import Contender, make_baseline, make_dequantize, make_scheme
+from lowbit.commands._measure import Roofline, Sample, cache_bytes, interleave, measure_roofline
+from lowbit.commands.info import cpu_name
+from lowbit.scheme import Scheme
+
+__all__ = ["DTYPES", "Settings", "run_benchmark"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to compare.
+
+    Args:
+        shapes: of the weights.
+        Ms: rows of x.
+        schemes: lowbit's part.
+        baselines: names in `_cases.BASELINES`.
+        dtype: "bf16", "fp32" or "fp16", of x.
+        threads: numbers of threads.
+        warm: use one copy of each weight, which may stay in cache.
+        seconds: for everything; what did not fit is named in the result.
+    """
+
+    shapes: Sequence[Shape]
+    Ms: Sequence[int]
+    schemes: Sequence[Scheme]
+    baselines: Sequence[str] = ("torch-bf16",)
+    dtype: str = "bf16"
+    threads: Sequence[int] = (1,)
+    warm: bool = False
+    seconds: float = 60.0
+
+
+def run_benchmark(settings: Settings, say: Say = lambda text: None) -> dict[str, Any]:
+    """Measure; Ctrl-C ends it early and what was measured is returned, marked incomplete.
+
+    Args:
+        settings: what to compare.
+        say: told what is being done.
+
+    Example:
+        >>> result = run_benchmark(Settings([Shape(4096, 4096)], [1], [Scheme.parse("int4-g128")]))
+        >>> result["rows"][0]["median_us"]
+        742.1
+    """
+    result: dict[str, Any] = {**_about(settings), "complete": False, "interrupted": False, "left_out": [], "rows": []}
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    with _nothing_recorded():
+        try:
+            rooflines = _rooflines(settings.threads, say)
+            _run_shapes(settings, rooflines, result, say)
+            if not result["left_out"]:
+                again = _rooflines(settings.threads, say)
+                rooflines = {n: roofline.merged(again[n]) for n, roofline in rooflines.items()}
+            _finish(result, rooflines)
+            result["complete"] = not any(entry["why"] == "the time was up" for entry in result["left_out"])
+        except KeyboardInterrupt:
+            _finish(result, rooflines if result["rows"] else {})
+            result["interrupted"] = True
+        finally:
+            torch.set_num_threads(before)
+    result["load_average_after"] = _load()
+    return result
+
+
+@contextlib.contextmanager
+def _nothing_recorded() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def _about(settings: Settings) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "lowbit": lowbit.__version__,
+        "torch": torch.__version__,
+        "device": cpu_name(),
+        "cores": os.cpu_count(),
+        "isa": _C.isa(),
+        "cache_bytes": cache_bytes(),
+        "date": now.isoformat(timespec="seconds"),
+        "dtype": settings.dtype,
+        "weights": "warm" if settings.warm else "cold",
+        "load_average_before": _load(),
+    }
+
+
+def _load() -> list[float] | None:
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def _rooflines(threads: Sequence[int], say: Say) -> dict[int, Roofline]:
+    found = {}
+    for count in threads:
+        say(f"roofline of {count} thread{'s' if count > 1 else ''}")
+        torch.set_num_threads(count)
+        found[count] = measure_roofline(count)
+    return found
+
+
+def _run_shapes(settings: Settings, rooflines: dict[int, Roofline], result: dict[str, Any], say: Say) -> None:
+    deadline = time.perf_counter() + settings.seconds
+    cells = [(threads, M) for threads in settings.threads for M in settings.Ms]
+    to_do = len(cells) * len(settings.shapes)
+    for shape in settings.shapes:
+        if time.perf_counter() >= deadline:
+            result["left_out"].append({"shape": [shape.N, shape.K], "why": "the time was up"})
+            continue
+        say(f"{shape}: preparing weights")
+        torch.set_num_threads(max(settings.threads))
+        contenders = _contenders(settings, shape, result)
+        for threads, M in cells:
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                about = {"shape": [shape.N, shape.K], "M": M, "threads": threads}
+                result["left_out"].append({**about, "why": "the time was up"})
+                continue
+            torch.set_num_threads(threads)
+            say(f"{shape}, M={M}, {threads} thread{'s' if threads > 1 else ''}")
+            x = torch.randn(M, shape.K).to(DTYPES[settings.dtype])
+            samples = interleave({c.name: c.bind(x) for c in contenders}, left / to_do)
+            to_do -= 1
+            for contender in contenders:
+                result["rows"].append(_row(shape, M, threads, x, contender, samples[contender.name]))
+
+
+def _contenders(settings: Settings, shape: Shape, result: dict[str, Any]) -> list[Contender]:
+    weight = torch.randn(shape.N, shape.K).to(torch.bfloat16)
+    dtype = DTYPES[settings.dtype]
+    makers: list[tuple[str, Callable[[], Contender]]] = []
+    for scheme in settings.schemes:
+        makers.append((str(scheme), lambda s=scheme: make_scheme(s, weight, dtype, settings.warm)))  # type: ignore[misc]
+        if "dequant" in settings.baselines and scheme.activation is None:
+            makers.append((f"dequant {scheme}", lambda s=scheme: make_dequantize(s, weight, dtype, settings.warm)))  # type: ignore[misc]
+    for name in settings.baselines:
+        if name != "dequant":
+            makers.append((name, lambda n=name: make_baseline(n, weight, dtype, settings.warm)))  # type: ignore[misc]
+    found = []
+    for name, make in makers:
+        try:
+            found.append(make())
+        except (RuntimeError, ValueError, AttributeError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            result["left_out"].append({"shape": [shape.N, shape.K], "name": name, "why": why})
+    return found
+
+
+def _row(shape: Shape, M: int, threads: int, x: torch.Tensor, contender: Contender, sample: Sample) -> dict[str, Any]:
+    N, K = shape.N, shape.K
+    moved = contender.nbytes + x.nbytes + M * N * x.element_size()
+    return {
+        "shape": [N, K],
+        "layers": shape.label,
+        "M": M,
+        "threads": threads,
+        "name": contender.name,
+        "baseline": contender.baseline,
+        "kernel": contender.kernel(M),
+        "int8": contender.int8,
+        "bytes": moved,
+        "operations": 2 * M * N * K,
+        "median_us": sample.median * 1e6,
+        "best_us": sample.best * 1e6,
+        "spread": sample.spread,
+        "rounds": len(sample.seconds),
+    }
+
+
+def _finish(result: dict[str, Any], rooflines: dict[int, Roofline]) -> None:
+    """Add what follows from the times: rates, shares of the roofline, ratios to torch."""
+    result["roofline"] = [
+        {"threads": n, "read_GBps": r.read / 1e9, "TFLOPs": {name: p / 1e12 for name, p in r.peaks.items()}}
+        for n, r in rooflines.items()
+    ]
+    torch_bf16 = {
+        (*row["shape"], row["M"], row["threads"]): row["median_us"]
+        for row in result["rows"]
+        if row["name"] == "torch-bf16"
+    }
+    for row in result["rows"]:
+        seconds = row["median_us"] / 1e6
+        roof = rooflines[row["threads"]]
+        row["GBps"] = row["bytes"] / seconds / 1e9
+        row["TFLOPs"] = row["operations"] / seconds / 1e12
+        row["roofline_percent"] = 100 * roof.seconds(row["bytes"], row["operations"], row["int8"]) / seconds
+        reference = torch_bf16.get((*row["shape"], row["M"], row["threads"]))
+        row["vs_torch_bf16"] = None if reference is None else reference / row["median_us"]

@@ -1,0 +1,201 @@
+"""Measuring: interleaved rounds, medians, and the roofline of this machine.
+
+What is compared runs in turns, in another order each round, so that a clock that drifts or a neighbour that wakes up
+hits everybody alike. Weights are used in rotation, so that each one has left the caches when its turn comes again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+
+__all__ = ["Call", "Roofline", "Sample", "cache_bytes", "copies_for", "interleave", "measure_roofline"]
+
+#: Runs the contender on its i-th copy of the weight.
+Call = Callable[[int], object]
+
+# Shorter calls are repeated until a sample lasts this long, so that the clock's own noise vanishes.
+_SAMPLE_SECONDS: Final = 1e-3
+_MAX_REPEATS: Final = 1024
+_MIN_ROUNDS: Final = 5
+_MAX_ROUNDS: Final = 200
+_UNKNOWN_CACHE: Final = 64 << 20
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache; 64 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        if match := re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()):
+            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+    if sys.platform == "darwin":
+        for key in ("hw.perflevel0.l2cachesize", "hw.l2cachesize"):
+            done = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, text=True, check=False)
+            sizes += [int(done.stdout)] if done.stdout.strip().isdigit() else []
+    return max(sizes, default=_UNKNOWN_CACHE)
+
+
+def copies_for(nbytes: int, warm: bool) -> int:
+    """How many copies of a weight to use in rotation: none is in cache again, unless `warm` asks for just that.
+
+    Example:
+        >>> copies_for(8 << 20, warm=False)  # with a cache of 32 MiB
+        9
+    """
+    if warm:
+        return 1
+    room = 2 * cache_bytes()
+    return 1 if nbytes >= room else -(-room // nbytes) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Seconds per call: one value per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a fraction of the median."""
+        if len(self.seconds) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def interleave(calls: Mapping[str, Call], seconds: float, seed: int = 0) -> dict[str, Sample]:
+    """Time every call in turns for about `seconds`, and at least five rounds.
+
+    Args:
+        calls: name -> function of the number of the call, which picks the copy of the weight.
+        seconds: for all of them together.
+        seed: of the order within rounds.
+    """
+    clock = time.perf_counter
+    deadline = clock() + seconds
+    used = dict.fromkeys(calls, 0)
+    repeats = {}
+    for name, call in calls.items():
+        call(0)  # the first call makes caches and threads
+        begin = clock()
+        call(1)
+        repeats[name] = min(_MAX_REPEATS, max(1, round(_SAMPLE_SECONDS / max(clock() - begin, 1e-9))))
+        used[name] = 2
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(seed)
+    names = list(calls)
+    for done in range(_MAX_ROUNDS):
+        if done >= _MIN_ROUNDS and clock() >= deadline:
+            break
+        order.shuffle(names)
+        for name in names:
+            call, first = calls[name], used[name]
+            last = used[name] = first + repeats[name]
+            begin = clock()
+            for i in range(first, last):
+                call(i)
+            found[name].append((clock() - begin) / repeats[name])
+    return {name: Sample(tuple(values)) for name, values in found.items()}
+
+
+# -- the roofline ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """What this machine can do with a number of threads: bytes read and operations done per second, as measured.
+
+    Args:
+        read: bytes per second of a streaming read of a buffer four times the last-level cache (the best of four ways).
+        peaks: operations per second of the largest matmul of each input dtype (multiply and add count as two).
+    """
+
+    threads: int
+    read: float
+    peaks: Mapping[str, float]
+
+    def seconds(self, nbytes: int, operations: int, int8: bool) -> float:
+        """The least time in which this machine can read the bytes and do the operations.
+
+        Args:
+            nbytes: weight, input and output, each counted once.
+            operations: 2 * M * N * K.
+            int8: whether 8-bit matmul is allowed, because inputs are quantized too.
+        """
+        return max(nbytes / self.read, operations / self.peak(int8))
+
+    def peak(self, int8: bool) -> float:
+        """Operations per second that count as possible."""
+        return max(value for name, value in self.peaks.items() if int8 or name != "int8")
+
+    def merged(self, other: Roofline) -> Roofline:
+        """The better of two measurements of each number."""
+        peaks = {name: max(value, other.peaks[name]) for name, value in self.peaks.items()}
+        return Roofline(self.threads, max(self.read, other.read), peaks)
+
+
+def measure_roofline(threads: int, size: int | None = None) -> Roofline:
+    """Measure; takes a second or two.
+
+    Args:
+        threads: torch must have been told to use that many.
+        size: bytes to read; by default four times the last-level cache, between 128 MiB and 1 GiB.
+    """
+    if size is None:
+        size = min(max(4 * cache_bytes(), 128 << 20), 1 << 30)
+    x = torch.randn(size // 4)
+    half = x.numel() // 2
+    reads: list[Callable[[], object]] = [
+        lambda: torch.dot(x[:half], x[half : 2 * half]),
+        lambda: x.max(),
+        lambda: torch.linalg.vector_norm(x),
+        lambda: x.sum(),
+    ]
+    read = max(x.nbytes / _best(way, 4) for way in reads)
+    return Roofline(threads, read, {name: _matmul_peak(name) for name in ("float32", "bfloat16", "int8")})
+
+
+def _best(call: Callable[[], object], times: int) -> float:
+    call()
+    found = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def _matmul_peak(name: str, size: int = 1536) -> float:
+    """Operations per second of a square matmul on random data; 0 where torch has none for the dtype."""
+    dtype = getattr(torch, name)
+    if dtype == torch.int8:
+        a, b = (torch.randint(-127, 128, (size, size), dtype=dtype) for _ in range(2))
+    else:
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    try:
+        begin = time.perf_counter()
+        multiply(a, b)
+        if time.perf_counter() - begin > 1.0:  # without instructions for the dtype; another one sets the peak
+            return 2 * size**3 / (time.perf_counter() - begin)
+        return 2 * size**3 / _best(lambda: multiply(a, b), 4)
+    except RuntimeError:
+        return 0.0

@@ -1,0 +1,184 @@
+"""`lowbit info`: what this machine has, what was built, and what of it is in use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowbit
+from lowbit import _C
+from lowbit.commands import _output
+from lowbit.report import format_bytes
+
+__all__ = ["add_parser", "collect", "cpu_name", "run"]
+
+_NO_CUDA = "torch is built without CUDA"
+_EXAMPLE = """\
+examples:
+  lowbit info
+  lowbit info --json | python -c 'import json, sys; print(json.load(sys.stdin)["cpu"]["isa"])'
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "info",
+        help="what this machine and this build have",
+        description="Show torch, devices, instruction sets, loaded libraries and the kernel table. Does not initialise CUDA.",
+        epilog=_EXAMPLE,
+        formatter_class=_output.HelpFormatter,
+    )
+    _output.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    found = collect()
+    if args.json:
+        _output.print_json(found)
+    else:
+        _show(found)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything, as JSON values."""
+    return {
+        "lowbit": {"version": lowbit.__version__, "python": platform.python_version(), "platform": platform.platform()},
+        "torch": {
+            "version": torch.__version__,
+            "built for CUDA": torch.version.cuda,
+            "built for MPS": torch.backends.mps.is_built(),
+            "threads": torch.get_num_threads(),
+        },
+        "cpu": {
+            "name": cpu_name(),
+            "cores": os.cpu_count(),
+            "isa": _C.isa(),
+            "isa_available": _C.isa_levels(),
+            "features": sorted(name for name, there in _C.cpu_features().items() if there),
+            "LOWBIT_ISA": os.environ.get("LOWBIT_ISA"),
+            "strict": _C.strict(),
+        },
+        "devices": _devices(),
+        "libraries": _libraries(),
+        "build": _C.build_info(),
+        "formats": [row["name"] for row in _C.format_table()],
+        "kernels": _C.kernel_table(),
+    }
+
+
+def cpu_name() -> str:
+    """The CPU as it calls itself.
+
+    Example:
+        >>> cpu_name()
+        'AMD EPYC'
+    """
+    try:
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        return _output_of(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]).strip() or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def _output_of(command: list[str]) -> str:
+    """What a tool prints; nothing when it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _devices() -> dict[str, Any]:
+    # The driver's own tool is asked, because any question to the CUDA runtime would set up a context.
+    cuda: dict[str, Any] | str = _NO_CUDA
+    if torch.version.cuda is not None:
+        tool = shutil.which("nvidia-smi")
+        fields = "--query-gpu=name,compute_cap,memory.total,driver_version"
+        text = _output_of([tool, fields, "--format=csv,noheader"]) if tool else ""
+        rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") == 3]
+        names = ("name", "compute_capability", "memory", "driver")
+        found = [dict(zip(names, row, strict=True)) for row in rows]
+        cuda = {"gpus": found} if found else "no GPU answers (nvidia-smi is missing or finds none)"
+    mps: dict[str, Any] | str = "torch is built without MPS"
+    if torch.backends.mps.is_built():
+        mps = {"available": torch.backends.mps.is_available(), "macos": platform.mac_ver()[0]}
+    return {"cuda": cuda, "mps": mps}
+
+
+def _libraries() -> dict[str, Any]:
+    module = Path(_C.__file__)
+    found: dict[str, Any] = {"_C": _library(module)}
+    for name in ("liblowbit_ops", "liblowbit_cuda"):
+        paths = sorted(module.parent.glob(f"{name}.*"))
+        found[name] = _library(paths[0]) if paths else {"path": None, "loaded": False}
+    if found["liblowbit_cuda"]["path"] is None:
+        no_cuda = torch.version.cuda is None
+        found["liblowbit_cuda"]["why"] = _NO_CUDA if no_cuda else "this build of lowbit has no CUDA kernels"
+    return found
+
+
+def _library(path: Path) -> dict[str, Any]:
+    about: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
+    try:
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+        about["loaded"] = os.path.realpath(path) in maps
+    except OSError:  # not Linux: importing _C has loaded what it links
+        about["loaded"] = path.name.startswith(("_C", "liblowbit_ops"))
+    return about
+
+
+# -- for people --------------------------------------------------------------------------------------------------------------
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    cpu, build = found["cpu"], found["build"]
+    rows: list[tuple[str, object]] = [(f"lowbit {key}", value) for key, value in found["lowbit"].items()]
+    rows += [(f"torch {key}", "no" if value in (None, False) else value) for key, value in found["torch"].items()]
+    rows += [
+        ("cpu", f"{cpu['name']}, {cpu['cores']} cores"),
+        ("cpu features", ", ".join(cpu["features"])),
+        ("instruction set in use", cpu["isa"] + (" (LOWBIT_ISA)" if cpu["LOWBIT_ISA"] else "")),
+        ("instruction sets here", ", ".join(cpu["isa_available"])),
+        ("strict", "yes: a general kernel is an error" if cpu["strict"] else "no"),
+    ]
+    rows += [(name, value if isinstance(value, str) else _words(value)) for name, value in found["devices"].items()]
+    for name, library in found["libraries"].items():
+        if library["path"] is None:
+            rows.append((name, f"absent: {library.get('why', 'not found beside _C')}"))
+        else:
+            state = "" if library["loaded"] else ", not loaded"
+            rows.append((name, f"{library['path']} ({format_bytes(library['bytes'])}{state})"))
+    rows += [(f"build {key}", value) for key, value in build.items()]
+    rows.append(("formats", ", ".join(found["formats"])))
+    _output.print_table(("", ""), rows, left=2)
+    kernels = [
+        (k["op"], k["backend"], k["name"], k["isa"], "yes" if k["general"] else "", k["takes"])
+        for k in found["kernels"]
+    ]
+    head = ("op", "backend", "kernel", "isa", "general", "takes")
+    _output.print_table(head, kernels, left=6, title="kernels, in the order in which they are asked:")
+
+
+def _words(value: Mapping[str, Any]) -> str:
+    gpus = value.get("gpus")
+    if gpus is not None:
+        return "; ".join(", ".join(gpu.values()) for gpu in gpus)
+    return ", ".join(f"{key} {entry}" for key, entry in value.items())
