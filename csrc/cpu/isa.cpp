@@ -22,8 +22,12 @@ const std::vector<Level>& levels() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     // With VBMI: Ice Lake, Zen 4 and later. Cascade Lake, which has VNNI alone, takes the level below.
-    found.push_back({&kernels_avx512vnni(), avx512 && __builtin_cpu_supports("avx512vnni") &&
-                                                __builtin_cpu_supports("avx512vbmi")});
+    const bool vnni =
+        avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    // Intel issues a bf16 dot product every other cycle, which makes it slower than two fp32 multiply-adds.
+    const bool fast_bf16 = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
+    found.push_back({&kernels_avx512bf16(), vnni && fast_bf16});
+    found.push_back({&kernels_avx512vnni(), vnni});
     found.push_back({&kernels_avx512(), avx512});
     found.push_back({&kernels_avx2(), avx2});
 #endif

@@ -13,16 +13,32 @@ std::string refuse_short_blocks(const CpuTile16& tile) {
   return concat("group_size=", tile.shape.group_size, " is not a multiple of 32");
 }
 
+std::string refuse_panel(const Problem&, const CpuTile16& tile, const IsaKernels&) {
+  return refuse_short_blocks(tile);
+}
+
+// With few rows, fp32 from registers beats decoding to a panel: measured crossover between M = 8 and M = 16 (Zen 4,
+// 4096 x 4096, int4 group 128).
+constexpr int64_t kBf16Rows = 9;
+
+std::string refuse_panel_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
+  if (isa.gemm_panel_bf16 == nullptr) return concat("not built for ", isa.isa);
+  if (p.x != Element::kBFloat16) return "activations are not bf16";
+  if (p.desc.format == Format::kNf4) return "nf4's levels are not exact in bf16";
+  if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset) {
+    return concat("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
+  }
+  return refuse_short_blocks(tile);
+}
+
 std::string refuse_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
   if (isa.gemm_stream == nullptr) return concat("not built for ", isa.isa);
   if ((p.flags & kBatchInvariant) != 0)
     return "its order of additions depends on M; batch_invariant is set";
+  if (p.M >= kBf16Rows && refuse_panel_bf16(p, tile, isa).empty())
+    return concat("M=", p.M, ": bf16 dot products are faster from M=", kBf16Rows);
   if (p.M > isa.stream_rows)
     return concat("M=", p.M, " exceeds the ", isa.stream_rows, " rows that fit its registers");
-  return refuse_short_blocks(tile);
-}
-
-std::string refuse_panel(const Problem&, const CpuTile16& tile, const IsaKernels&) {
   return refuse_short_blocks(tile);
 }
 
@@ -64,6 +80,9 @@ void run_stream(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_
 }
 void run_panel(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
   isa.gemm_panel(job, begin, end);
+}
+void run_panel_bf16(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
+  isa.gemm_panel_bf16(job, begin, end);
 }
 void run_dot(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
   isa.gemm_dot(job, begin, end);
@@ -114,32 +133,43 @@ const IsaKernels& parse_device(const std::string& device) {
 }  // namespace
 
 const std::vector<KernelRow>& kernel_table() {
+  constexpr bool kGeneral = true, kFast = false;
   static const std::vector<KernelRow> table = {
-      {Op::kGemm, "stream_f32", false,
-       "few rows of x, groups in multiples of 32: weights decoded in registers, read once", false,
-       refuse_stream, run_stream, nullptr},
-      {Op::kGemm, "panel_f32", false,
-       "any M, groups in multiples of 32: weights decoded to L1 once per 128 rows", false,
+      {Op::kGemm, "stream_f32", kFast,
+       "few rows of x, groups in multiples of 32: weights decoded in registers, read once",
+       XForm::kFloats, refuse_stream, run_stream, nullptr},
+      {Op::kGemm, "panel_bf16", kFast,
+       "bf16 x, codes exact in bf16, groups in multiples of 32: bf16 dot products", XForm::kBFloats,
+       refuse_panel_bf16, run_panel_bf16, nullptr},
+      {Op::kGemm, "panel_f32", kFast,
+       "any M, groups in multiples of 32: weights decoded to L1 once per 128 rows", XForm::kFloats,
        refuse_panel, run_panel, nullptr},
-      {Op::kGemm, "general_f32", true, "everything", false, refuse_nothing, run_general_f32,
-       nullptr},
-      {Op::kGemmA8, "dot_i8", false,
-       "int8 per token x integer weights, groups in multiples of 32: int32 dot products", true,
-       refuse_dot, run_dot, nullptr},
-      {Op::kGemmA8, "stream_f32", false, "as gemm, on dequantized activations", false,
+      {Op::kGemm, "general_f32", kGeneral, "everything", XForm::kFloats, refuse_nothing,
+       run_general_f32, nullptr},
+      {Op::kGemmA8, "dot_i8", kFast,
+       "int8 per token x integer weights, groups in multiples of 32: int32 dot products",
+       XForm::kCodes, refuse_dot, run_dot, nullptr},
+      {Op::kGemmA8, "stream_f32", kFast, "as gemm, on dequantized activations", XForm::kFloats,
        refuse_a8_stream, run_stream, nullptr},
-      {Op::kGemmA8, "panel_f32", false, "as gemm, on dequantized activations", false,
+      {Op::kGemmA8, "panel_f32", kFast, "as gemm, on dequantized activations", XForm::kFloats,
        refuse_a8_panel, run_panel, nullptr},
-      {Op::kGemmA8, "general_i8", true, "int8 per token x integer weights, any group", true,
-       refuse_general_dot, run_general_i8, nullptr},
-      {Op::kGemmA8, "general_f32", true, "everything", false, refuse_nothing, run_general_f32,
-       nullptr},
-      {Op::kGradInput, "grad_panel", false, "any M, groups in multiples of 32", false, refuse_panel,
-       nullptr, run_grad},
-      {Op::kGradInput, "grad_general", true, "everything", false, refuse_nothing, nullptr,
-       run_grad_general},
+      {Op::kGemmA8, "general_i8", kGeneral, "int8 per token x integer weights, any group",
+       XForm::kCodes, refuse_general_dot, run_general_i8, nullptr},
+      {Op::kGemmA8, "general_f32", kGeneral, "everything", XForm::kFloats, refuse_nothing,
+       run_general_f32, nullptr},
+      {Op::kGradInput, "grad_panel", kFast, "any M, groups in multiples of 32", XForm::kFloats,
+       refuse_panel, nullptr, run_grad},
+      {Op::kGradInput, "grad_general", kGeneral, "everything", XForm::kFloats, refuse_nothing,
+       nullptr, run_grad_general},
   };
   return table;
+}
+
+// Whether an ISA has the function a row runs; a row that is absent everywhere still shows in explain().
+bool is_built(const KernelRow& row, const IsaKernels& isa) {
+  if (row.gemm == run_stream) return isa.gemm_stream != nullptr;
+  if (row.gemm == run_panel_bf16) return isa.gemm_panel_bf16 != nullptr;
+  return !row.general || std::string(isa.isa) == "portable";  // general kernels are compiled once
 }
 
 const KernelRow& select_kernel(const Problem& problem, const CpuTile16& tile,
@@ -157,10 +187,9 @@ std::vector<KernelInfo> list_kernels() {
   std::vector<KernelInfo> list;
   for (const std::string& level : isa_levels()) {
     for (const KernelRow& row : kernel_table()) {
-      const bool once = row.general && level != "portable";  // general kernels are compiled once
-      const bool built = row.gemm != run_stream || kernels_of(level)->gemm_stream != nullptr;
-      if (!once && built)
+      if (is_built(row, *kernels_of(level))) {
         list.push_back({name_of(row.op), row.name, level, row.takes, row.general});
+      }
     }
   }
   return list;

@@ -24,12 +24,15 @@ struct Problem {
   int64_t flags = 0;
 };
 
+// What a kernel reads: fp32 rows, int8 codes with their sums, or bf16 rows.
+enum class XForm { kFloats, kCodes, kBFloats };
+
 struct KernelRow {
   Op op;
   const char* name;
   bool general;       // takes everything; LOWBIT_STRICT=1 refuses to run it
   const char* takes;  // one line for people
-  bool takes_codes;   // int8 activations as they are, not as fp32
+  XForm x;            // how the rows of x are prepared for it
   // Empty when the kernel can run the problem on that ISA, else why not.
   std::string (*refuse)(const Problem& problem, const CpuTile16& tile, const IsaKernels& isa);
   void (*gemm)(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end);

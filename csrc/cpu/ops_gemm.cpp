@@ -75,6 +75,13 @@ void run_gemm(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t
   }
 }
 
+// A row of 16-bit values, gathered and padded with zeros.
+void load_bfloats(const Rows& rows, const int32_t* perm, int64_t m, uint16_t* to, int64_t stride) {
+  const uint16_t* row = reinterpret_cast<const uint16_t*>(rows.data) + m * rows.stride;
+  for (int64_t k = 0; k < rows.K; ++k) to[k] = row[perm == nullptr ? k : perm[k]];
+  std::fill(to + rows.K, to + stride, uint16_t{0});
+}
+
 void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                int64_t N, int64_t K, int64_t desc, int64_t flags, const Rows& rows, Element element,
                void* out, const OptionalTensor& workspace) {
@@ -88,23 +95,29 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   Scratch scratch(gemm_scratch_bytes(rows.M, weight.tile), workspace, op);
 
   GemmJob job{weight.view, {}, {out, N, element, prepare_bias(op, isa, bias, N, scratch)}};
+  const bool as_bf16 = row.x == XForm::kBFloats;
+  // Rows that are in the kernel's dtype and need no padding and no gather are read where they are.
+  const bool direct = (as_bf16 || element == Element::kFloat32) && weight.perm == nullptr &&
+                      K == weight.tile.K_padded;
+  const int64_t stride = direct ? rows.stride : weight.tile.K_padded;
+  const int64_t count = direct ? 0 : std::min<int64_t>(rows.M, kMaxRows) * stride;
+  float* values = as_bf16 ? nullptr : scratch.take<float>(count);
+  uint16_t* bfloats = as_bf16 ? scratch.take<uint16_t>(count) : nullptr;
   const RowSource source{rows.data, element, rows.stride, K, weight.perm, nullptr};
-  // fp32 rows that need no padding and no gather are read where they are.
-  const bool direct =
-      element == Element::kFloat32 && weight.perm == nullptr && K == weight.tile.K_padded;
-  float* values =
-      direct ? nullptr
-             : scratch.take<float>(std::min<int64_t>(rows.M, kMaxRows) * weight.tile.K_padded);
   run_gemm(row, isa, job, rows.M, [&](int64_t m0, Activations& a) {
-    if (direct) {
-      a.values = reinterpret_cast<const float*>(rows.data) + m0 * rows.stride;
-      a.stride = rows.stride;
-      return;
-    }
-    a.values = values;
-    a.stride = weight.tile.K_padded;
+    a.stride = stride;
+    a.values =
+        direct && !as_bf16 ? reinterpret_cast<const float*>(rows.data) + m0 * stride : values;
+    a.bfloats =
+        direct && as_bf16 ? reinterpret_cast<const uint16_t*>(rows.data) + m0 * stride : bfloats;
+    if (direct) return;
     parallel_items(a.M, K, [&](int64_t begin, int64_t end) {
-      isa.load_rows(source, m0 + begin, m0 + end, values + begin * a.stride, a.stride);
+      if (as_bf16) {
+        for (int64_t m = begin; m < end; ++m)
+          load_bfloats(rows, weight.perm, m0 + m, bfloats + m * stride, stride);
+      } else {
+        isa.load_rows(source, m0 + begin, m0 + end, values + begin * stride, stride);
+      }
     });
   });
 }
@@ -222,7 +235,7 @@ void gemm_a8_into(const char* op, const Tensor& xq, const Tensor& x_scales,
   job.x.stride = stride;
   job.x.segment = int32_segment(weight.tile);
   job.x.segments_per_group = div_up(weight.view.group_size, job.x.segment);
-  if (row.takes_codes) {
+  if (row.x == XForm::kCodes) {
     int8_t* codes = scratch.take<int8_t>(chunk * stride);
     const int64_t segments = weight.view.groups * job.x.segments_per_group;
     int32_t* sums = scratch.take<int32_t>(chunk * segments);

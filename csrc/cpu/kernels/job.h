@@ -32,8 +32,9 @@ struct WeightView {
 // Rows of activations, prepared: zero from K to K_padded, gathered by perm.
 struct Activations {
   int64_t M;
-  int64_t stride;       // K_padded, in elements
-  const float* values;  // fp32 [M, stride]
+  int64_t stride;           // K_padded, in elements
+  const float* values;      // fp32 [M, stride]
+  const uint16_t* bfloats;  // bf16 bits [M, stride], for kernels that multiply bf16
   // Integer activations (gemm_a8): y = sum_g sum_k (xq - zero) * scale * w
   const int8_t* codes;   // [M, stride]
   const int32_t* sums;   // [M, segments]: sum of xq over each segment of K
@@ -119,6 +120,7 @@ struct IsaKernels {
   const char* isa;
   void (*gemm_stream)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
   void (*gemm_panel)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
+  void (*gemm_panel_bf16)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);  // or null
   void (*gemm_dot)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
   void (*grad_input)(const GradJob& job, int64_t piece_begin,
                      int64_t piece_end);  // pieces of 64 columns
@@ -137,6 +139,7 @@ const IsaKernels& kernels_portable();
 const IsaKernels& kernels_avx2();
 const IsaKernels& kernels_avx512();
 const IsaKernels& kernels_avx512vnni();
+const IsaKernels& kernels_avx512bf16();
 #endif
 
 // Rows of x that one call of a gemm kernel may be given: it sizes the kernels' stack buffers.

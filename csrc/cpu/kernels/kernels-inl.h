@@ -20,7 +20,7 @@
 #define LOWBIT_STREAM gemm_stream
 #endif
 
-static const IsaKernels kKernels = {LOWBIT_ISA_NAME, LOWBIT_STREAM,     gemm_panel,
-                                    gemm_dot,        grad_input,        load_rows,
-                                    store_row,       quantize_group,    quantize_activation_row,
-                                    dequantize_row,  2 * V::kStreamRows};
+static const IsaKernels kKernels = {
+    LOWBIT_ISA_NAME, LOWBIT_STREAM,     gemm_panel, nullptr,        gemm_dot,
+    grad_input,      load_rows,         store_row,  quantize_group, quantize_activation_row,
+    dequantize_row,  2 * V::kStreamRows};

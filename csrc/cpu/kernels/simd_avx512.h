@@ -34,6 +34,7 @@ struct V {
   static I izero() { return _mm512_setzero_si512(); }
   static I iset1(int32_t a) { return _mm512_set1_epi32(a); }
   static I iload(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void istore(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
@@ -109,4 +110,18 @@ struct V {
     return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
 #endif
   }
+
+#if defined(__AVX512BF16__)
+  // The upper halves of two floats as one pair per lane: exact for values that are exact in bf16.
+  static I pair_bf16(F even, F odd) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                                   _mm512_castps_si512(odd));
+  }
+  static I broadcast_pair(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static F dot2(F sums, I a, I b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
+#endif
 };
