@@ -253,6 +253,7 @@ def test_build_without_a_compiler_says_what_to_install(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it compiles everything
 def test_sdist_builds_a_wheel_that_works(tmp_path):
     """Without a network, and without what only the checkout has."""
     hook = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
