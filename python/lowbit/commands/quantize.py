@@ -155,11 +155,14 @@ def _with_search(scheme: Scheme, overrides: list[Override], search: bool | None)
 
 
 def _side_files(root: Path, out: Path) -> tuple[list[str], list[str]]:
-    """What is copied, and what is not but might be missed."""
+    """What is copied, and what is not but might be missed. An artifact made inside the model's folder is no part of it."""
     copied: list[str] = []
     left: list[str] = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in sorted(folders) if f[0] != "." and not _same_folder(out, Path(folder, f))]
+        folders[:] = [
+            f for f in sorted(folders)
+            if f[0] != "." and not Path(folder, f, _artifact.MANIFEST).exists() and not _same_folder(out, Path(folder, f))
+        ]  # fmt: skip
         for name in sorted(files):
             path = Path(folder, name)
             relative = str(path.relative_to(root))
@@ -171,7 +174,7 @@ def _side_files(root: Path, out: Path) -> tuple[list[str], list[str]]:
 
 
 def _same_folder(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one folder: an artifact that is made inside the model's folder is not part of the model."""
+    """Whether two paths lead to one folder."""
     return os.path.realpath(a) == os.path.realpath(b)
 
 

@@ -1,0 +1,236 @@
+"""`lowbit bench`: what it measures and prints. Times are not tested, arithmetic on them is."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowbit import Scheme, cli
+from lowbit.commands import _benchmark, _contenders, _measure
+from lowbit.commands._cases import BASELINES, MODELS, STANDARD_SCHEMES, Shape, model_shapes
+from lowbit.commands._measure import Roofline, Sample
+from lowbit.scheme import PRESETS
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    """A small cache means few copies; the real roofline takes seconds and has a test of its own."""
+    monkeypatch.setattr(_measure, "cache_bytes", lambda: 1 << 16)
+    peaks = {"float32": 1e11, "bfloat16": 2e11, "int8": 4e11}
+    monkeypatch.setattr(_benchmark, "measure_roofline", lambda threads: Roofline(threads, 1e10, peaks))
+
+
+def bench(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    assert cli.main(["bench", "--json", "--time-budget", "0.2", "--threads", "1", *args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_their_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    baselines = "torch-bf16,torch-fp32,torch-fp16,dequant"
+    result = bench(capsys, "--shape", "64x128", "--scheme", "int4-g32,int8-a8", "--M", "1,3", "--baseline", baselines)
+    names = ["int4-g32", "dequant int4-g32", "int8-a8", "torch-bf16", "torch-fp32", "torch-fp16"]
+    assert [(row["M"], row["name"]) for row in result["rows"]] == [(M, name) for M in (1, 3) for name in names]
+    assert result["complete"]
+    assert not result["left_out"]
+    rows = {(row["M"], row["name"]): row for row in result["rows"]}
+    for (M, name), row in rows.items():
+        seconds = row["median_us"] / 1e6
+        assert 0 < row["best_us"] <= row["median_us"]
+        assert row["operations"] == 2 * M * 64 * 128
+        assert row["GBps"] == pytest.approx(row["bytes"] / seconds / 1e9)
+        assert row["TFLOPs"] == pytest.approx(row["operations"] / seconds / 1e12)
+        roof = max(row["bytes"] / 1e10, row["operations"] / (4e11 if name == "int8-a8" else 2e11))
+        assert row["roofline_percent"] == pytest.approx(100 * roof / seconds)
+        assert row["vs_torch_bf16"] == pytest.approx(rows[M, "torch-bf16"]["median_us"] / row["median_us"])
+    assert rows[1, "torch-bf16"]["bytes"] == 2 * (64 * 128 + 128 + 64)
+    assert rows[1, "int4-g32"]["bytes"] >= 64 * 128 // 2 + 64 * 4 * 2 + 2 * (128 + 64)
+    assert rows[1, "int4-g32"]["kernel"].startswith("cpu_")
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["bench", "--shape", "64x128", "--M", "1", "--threads", "1", "--time-budget", "0.1", "--warm"]
+    assert cli.main(args) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert captured.err == ""
+    for head in ("median us", "GB/s", "TFLOP/s", "roofline", "x torch-bf16"):
+        assert head in lines[0]
+    assert lines[2].split()[:6] == ["64", "x", "128", "1", "1", "int4-g128"]
+    assert "weights warm in cache" in captured.out
+    assert "read 10.0 GB/s" in captured.out
+
+
+def test_threads_models_and_dtype(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_benchmark, "interleave", lambda calls, seconds: {name: Sample((1e-3,)) for name in calls})
+    before = torch.get_num_threads()
+    result = bench(
+        capsys, "--model", "qwen2.5-0.5b", "--shape", "8x8", "--threads", "1,2", "--M", "1", "--dtype", "fp16",
+        "--baseline", "none", "--scheme", "int8", "--time-budget", "60",
+    )  # fmt: skip
+    assert torch.get_num_threads() == before
+    shapes = [(8, 8), (896, 896), (128, 896), (4864, 896), (896, 4864)]
+    assert [tuple(row["shape"]) for row in result["rows"][::2]] == shapes
+    assert [row["threads"] for row in result["rows"]] == [1, 2] * 5
+    assert [roof["threads"] for roof in result["roofline"]] == [1, 2]
+    assert result["dtype"] == "fp16"
+    assert all(row["vs_torch_bf16"] is None for row in result["rows"])
+
+
+def test_what_cannot_take_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench(capsys, "--shape", "40x72", "--scheme", "int8,int4-g128", "--baseline", "torch-int4pack", "--M", "1")
+    assert {entry["name"]: entry["why"] for entry in result["left_out"]} == {
+        "int4-g128": "group_size=128 is larger than K=72; use at most 72, or -1 for all of K",
+        "torch-int4pack": "K=72 is not a multiple of 128",
+    }
+    assert [row["name"] for row in result["rows"]] == ["int8"]
+
+
+def test_the_time_budget_names_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["bench", "--json", "--threads", "1", "--shape", "64x64,64x128", "--scheme", "int8", "--time-budget", "1e-9"]
+    assert cli.main(args) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert not result["complete"]
+    assert [entry["why"] for entry in result["left_out"]] == ["the time was up"] * 2
+
+
+def test_ctrl_c_shows_what_was_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(calls: dict[str, Any], seconds: float) -> dict[str, Sample]:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return {name: Sample((1e-3,)) for name in calls}
+
+    measured: list[int] = []
+    monkeypatch.setattr(_benchmark, "interleave", measure)
+    assert cli.main(["bench", "--shape", "64x64", "--M", "1,2", "--scheme", "int8", "--threads", "1", "--json"]) == 130
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["interrupted"], result["complete"]) == (True, False)
+    assert [row["M"] for row in result["rows"]] == [1, 1]
+    assert captured.err == "lowbit: interrupted\n"
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    args = ["bench", "--shape", "64x128", "--M", "1,2", "--time-budget", "0.1", "--threads", "1,2"]
+    assert cli.main([*args, "--plot", str(tmp_path / "roof.png")]) == 0
+    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else original(name))
+    monkeypatch.setattr("lowbit.commands.bench.run_benchmark", pytest.fail)  # known before a minute of measuring
+    assert cli.main(["bench", "--plot", "x.png"]) == 1
+    assert capsys.readouterr().err == "lowbit: error: --plot needs matplotlib: pip install 'lowbit[bench]'\n"
+
+
+# -- its parts ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [*PRESETS, "int8-aint8_static", "int8-aint8_asym"])
+def test_contenders_compute_the_product(text: str) -> None:
+    """A bench of something else than the product would be fast."""
+    W = torch.randn(48, 256).to(torch.bfloat16)
+    x = torch.randn(3, 256)
+    scheme = Scheme.parse(text)
+    contender = _contenders.make_scheme(scheme, W, torch.float32, warm=False)
+    call = contender.bind(x)
+    wanted = x @ W.float().T
+    tolerance = {2: 0.7, 3: 0.3, 4: 0.2}.get(scheme.bits, 0.05)
+    if scheme.activation_static:
+        tolerance = 0.5  # its input scale is 1
+    for i in range(5):  # every copy
+        y = call(i)
+        assert isinstance(y, torch.Tensor)
+        assert float((y - wanted).norm() / wanted.norm()) < tolerance
+    assert contender.kernel(3).startswith("cpu_")
+    if scheme.activation is None:
+        alone = _contenders.make_dequantize(scheme, W, torch.float32, warm=True).bind(x)(0)
+        torch.testing.assert_close(alone, call(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "dequant"])
+def test_baselines_compute_the_product(name: str) -> None:
+    W = torch.randn(64, 256).to(torch.bfloat16)
+    x = torch.randn(2, 256).to(torch.bfloat16)
+    contender = _contenders.make_baseline(name, W, torch.bfloat16, warm=True)
+    y = contender.bind(x)(0)
+    wanted = x.float() @ W.float().T
+    assert isinstance(y, torch.Tensor)
+    assert float((y.float() - wanted).norm() / wanted.norm()) < (0.2 if "int4" in name else 0.02)
+
+
+def test_copies_leave_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_measure, "cache_bytes", lambda: 32 << 20)
+    for size in (1, 1 << 20, 9 << 20, 63 << 20, 64 << 20, 1 << 30):
+        count = _measure.copies_for(size, warm=False)
+        between = (count - 1) * size if count > 1 else size
+        assert between >= 64 << 20  # read between two uses of one copy
+        assert _measure.copies_for(size, warm=True) == 1
+
+
+def test_interleaving_takes_turns_in_changing_order() -> None:
+    log: list[str] = []
+    used: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+
+    def call(name: str, i: int) -> None:
+        log.append(name)
+        used[name].append(i)
+        torch.randn(300_000)  # long enough not to be repeated a thousand times
+
+    samples = _measure.interleave({name: lambda i, n=name: call(n, i) for name in "abc"}, 0.2)  # type: ignore[misc]
+    rounds = {len(sample.seconds) for sample in samples.values()}
+    assert len(rounds) == 1
+    assert min(rounds) >= 5
+    assert all(indices == list(range(len(indices))) for indices in used.values())  # copies in rotation
+    turns = [name for i, name in enumerate(log[6:]) if i == 0 or log[6:][i - 1] != name]
+    assert len(set(itertools.pairwise(turns))) > 3  # not always a, b, c
+
+
+def test_samples() -> None:
+    sample = Sample((3.0, 1.0, 2.0, 4.0, 100.0))
+    assert (sample.median, sample.best) == (3.0, 1.0)
+    assert Sample((2.0,) * 9).spread == 0
+
+
+def test_roofline_arithmetic() -> None:
+    roof = Roofline(1, 1e10, {"float32": 1e11, "bfloat16": 2e11, "int8": 4e11})
+    assert roof.seconds(10**10, 10, int8=False) == 1.0
+    assert roof.seconds(10, 2 * 10**11, int8=False) == 1.0
+    assert roof.seconds(10, 2 * 10**11, int8=True) == 0.5
+    better = roof.merged(Roofline(1, 2e10, {"float32": 5e10, "bfloat16": 3e11, "int8": 1e11}))
+    assert (better.read, better.peaks) == (2e10, {"float32": 1e11, "bfloat16": 3e11, "int8": 4e11})
+
+
+def test_measured_roofline_is_plausible() -> None:
+    torch.set_num_threads(1)
+    roof = _measure.measure_roofline(1, size=64 << 20)
+    assert 1e8 < roof.read < 1e13
+    assert 1e9 < roof.peaks["float32"] < 1e14
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str) -> None:
+    model = MODELS[name]
+    shapes = model_shapes(name)
+    assert len({(shape.N, shape.K) for shape in shapes}) == len(shapes)
+    labels = ", ".join(shape.label.removeprefix(f"{name} ") for shape in shapes).split(", ")
+    assert sorted(labels) == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    assert Shape(model.hidden, model.intermediate) in [Shape(s.N, s.K) for s in shapes]
+    assert all(shape.K % 32 == 0 for shape in shapes)
+
+
+def test_standard_schemes_parse() -> None:
+    assert [str(Scheme.parse(text)) for text in STANDARD_SCHEMES] == list(STANDARD_SCHEMES)
