@@ -14,25 +14,44 @@ LOWBIT_UNROLLED inline void dot_quad(const uint8_t* block, const int8_t* const* 
   if constexpr (kAsymmetric) code_sum = V::dot4(code_sum, codes, V::iset1(0x01010101));
 }
 
-// The int32 sums of one segment, as fp32 in units of scale(w) * scale(x).
-struct SegmentSums {
-  const WeightView& w;
-  V::F scale, zero;  // zero: fp32 zeros or offsets
-  V::I int_zero;     // when zeros are integers
-  int64_t count;     // elements of K in the segment
+// Zeros of one segment, split so that what is subtracted in fp32 is small: an integer near the zero, taken off exactly
+// in int32, and the rest. Without the split q - zero near 0 would be the difference of two large fp32 numbers.
+//
+//   float zeros   integer = rint(zero)                rest = zero - integer           w = ((q - integer) - rest) * s
+//   offsets       integer = rint(-offset / s)         rest = integer * s + offset     w = (q - integer) * s + rest
+struct SegmentZeros {
+  V::F scale, rest;
+  V::I integer;
 };
 
-inline V::F finish_segment(const SegmentSums& s, V::I sum, int32_t x_sum, V::I code_sum,
-                           int32_t x_zero) {
-  const int32_t x_total = x_sum - x_zero * static_cast<int32_t>(s.count);  // sum of (xq - xz)
-  const V::I centred = V::isub(sum, V::imul(V::iset1(x_zero), code_sum));  // sum of (xq - xz) * q
-  if (s.w.zero_kind == ZeroKind::kNone || s.w.zero_kind == ZeroKind::kInt) {
-    return V::mul(V::to_f(V::isub(centred, V::imul(s.int_zero, V::iset1(x_total)))), s.scale);
+template <int kBits>
+SegmentZeros segment_zeros(const WeightView& w, const uint8_t* strip, int64_t g) {
+  SegmentZeros z{group_scales(w, strip, g), V::zero(), V::iset1(1 << (kBits - 1))};
+  if (w.zero_kind == ZeroKind::kNone) return z;
+  if (w.zero_kind == ZeroKind::kInt) {
+    z.integer = V::iload_u8(strip + w.zeros_offset + g * 16);
+    return z;
   }
+  const V::F low = V::zero(), high = V::set1(255.0f), stored = group_zeros(w, strip, g);
+  if (w.zero_kind == ZeroKind::kFloat) {
+    z.integer = V::to_i(V::clamp(stored, low, high));
+    z.rest = V::sub(stored, V::to_f(z.integer));
+  } else {
+    z.integer = V::to_i(V::clamp(V::div(V::sub(low, stored), z.scale), low, high));
+    z.rest = V::add(V::mul(V::to_f(z.integer), z.scale), stored);
+  }
+  return z;
+}
+
+// One segment in units of scale(x). x_total is the sum of (xq - x_zero), `sum` that of xq * q.
+inline V::F finish_segment(ZeroKind kind, const SegmentZeros& z, V::I sum, int32_t x_total,
+                           V::I code_sum, int32_t x_zero) {
+  const V::I centred = V::isub(sum, V::imul(V::iset1(x_zero), code_sum));
+  const V::F exact = V::to_f(V::isub(centred, V::imul(z.integer, V::iset1(x_total))));
   const V::F total = V::set1(static_cast<float>(x_total));
-  if (s.w.zero_kind == ZeroKind::kFloat)
-    return V::mul(V::sub(V::to_f(centred), V::mul(s.zero, total)), s.scale);
-  return V::add(V::mul(V::to_f(centred), s.scale), V::mul(s.zero, total));
+  if (kind == ZeroKind::kFloat) return V::mul(V::sub(exact, V::mul(z.rest, total)), z.scale);
+  if (kind == ZeroKind::kOffset) return V::add(V::mul(exact, z.scale), V::mul(z.rest, total));
+  return V::mul(exact, z.scale);
 }
 
 template <int MR, bool kAsymmetric, int kBits>
@@ -71,18 +90,14 @@ void dot_strip(const GemmJob& job, int64_t strip, int64_t m0, int64_t rows) {
       dot_quad<6, MR, kAsymmetric, kBits>(block, xm, k, sums, code_sum);
       dot_quad<7, MR, kAsymmetric, kBits>(block, xm, k, sums, code_sum);
     }
-    SegmentSums s{w, group_scales(w, base, g), V::zero(), V::iset1(1 << (kBits - 1)),
-                  (end < w.K ? end : w.K) - begin};
-    if (w.zero_kind == ZeroKind::kInt) {
-      s.int_zero = V::iload_u8(base + w.zeros_offset + g * 16);
-    } else if (w.zero_kind != ZeroKind::kNone) {
-      s.zero = group_zeros(w, base, g);
-    }
+    const SegmentZeros zeros = segment_zeros<kBits>(w, base, g);
+    const int32_t count = static_cast<int32_t>((end < w.K ? end : w.K) - begin);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const int32_t x_zero = kAsymmetric ? x.zeros[row[m]] : 0;
-      total[m] = V::add(total[m], finish_segment(s, sums[m], x.sums[row[m] * segments + segment],
-                                                 code_sum, x_zero));
+      const int32_t x_total = x.sums[row[m] * segments + segment] - x_zero * count;
+      total[m] =
+          V::add(total[m], finish_segment(w.zero_kind, zeros, sums[m], x_total, code_sum, x_zero));
     }
   }
   for (int m = 0; m < rows; ++m)

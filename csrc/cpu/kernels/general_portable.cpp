@@ -4,6 +4,7 @@
 #include "cpu/kernels/general.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "common/half.h"
@@ -86,13 +87,20 @@ void store_strip(const GemmJob& job, int64_t strip, int64_t m, const float* sums
     store(job.y, m, strip * kTileRows + n, sums[n] * factor);
 }
 
-// The int64 sums of one group and strip row, in units of scale(x): exact, then rounded to fp32.
+// The sums of one group and row of the strip in units of scale(x): dot = sum of x * q, x_sum = sum of x. Zeros are
+// split into an integer, taken off exactly, and a rest (see gemm_dot-inl.h, which does the same).
 float finish_group(const WeightView& w, const GroupOfRow& group, int64_t dot, int64_t x_sum) {
+  float wanted = group.zero;
+  if (w.zero_kind == ZeroKind::kOffset) wanted = -group.zero / group.scale;
+  // The constant stands first, so that a NaN becomes 0 here and stays a NaN in `rest`.
+  const float nearest = std::nearbyint(std::min(255.0f, std::max(0.0f, wanted)));
+  const float exact = static_cast<float>(dot - static_cast<int64_t>(nearest) * x_sum);
+  const float total = static_cast<float>(x_sum);
   if (w.zero_kind == ZeroKind::kOffset)
-    return static_cast<float>(dot) * group.scale + group.zero * static_cast<float>(x_sum);
+    return exact * group.scale + (nearest * group.scale + group.zero) * total;
   if (w.zero_kind == ZeroKind::kFloat)
-    return (static_cast<float>(dot) - group.zero * static_cast<float>(x_sum)) * group.scale;
-  return static_cast<float>(dot - static_cast<int64_t>(group.zero) * x_sum) * group.scale;
+    return (exact - (group.zero - nearest) * total) * group.scale;
+  return exact * group.scale;
 }
 
 }  // namespace

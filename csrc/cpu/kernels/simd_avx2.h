@@ -58,6 +58,12 @@ struct V {
   static I shl(I a) {
     return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
   }
+  static F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+  static F clamp(F a, F low, F high) {
+    return {_mm256_min_ps(_mm256_max_ps(a.lo, low.lo), high.lo),
+            _mm256_min_ps(_mm256_max_ps(a.hi, low.hi), high.hi)};
+  }
+  static I to_i(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
   static F to_f(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
   static F as_f(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
   static F select_lt(I a, I b, F if_less, F otherwise) {

@@ -48,6 +48,9 @@ struct V {
   static I shl(I a) {
     return _mm512_slli_epi32(a, kBits);
   }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F clamp(F a, F low, F high) { return _mm512_min_ps(_mm512_max_ps(a, low), high); }
+  static I to_i(F a) { return _mm512_cvtps_epi32(a); }
   static F to_f(I a) { return _mm512_cvtepi32_ps(a); }
   static F as_f(I a) { return _mm512_castsi512_ps(a); }
   static F select_lt(I a, I b, F if_less, F otherwise) {

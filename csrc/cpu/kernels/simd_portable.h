@@ -89,6 +89,23 @@ struct V {
     return {{(I4)((U4)a.q[0] << kBits), (I4)((U4)a.q[1] << kBits), (I4)((U4)a.q[2] << kBits),
              (I4)((U4)a.q[3] << kBits)}};
   }
+  static F div(F a, F b) {
+    return {{a.q[0] / b.q[0], a.q[1] / b.q[1], a.q[2] / b.q[2], a.q[3] / b.q[3]}};
+  }
+  static F clamp(F a, F low, F high) {
+    F r{};
+    for (int i = 0; i < 4; ++i) {
+      const F4 up = a.q[i] > low.q[i] ? a.q[i] : low.q[i];
+      r.q[i] = up < high.q[i] ? up : high.q[i];
+    }
+    return r;
+  }
+  static I to_i(F a) {  // to the nearest, ties to even; |a| < 2^22
+    const F magic = set1(12582912.0f);
+    const F rounded = sub(add(a, magic), magic);
+    return {{__builtin_convertvector(rounded.q[0], I4), __builtin_convertvector(rounded.q[1], I4),
+             __builtin_convertvector(rounded.q[2], I4), __builtin_convertvector(rounded.q[3], I4)}};
+  }
   static F to_f(I a) {
     return {{__builtin_convertvector(a.q[0], F4), __builtin_convertvector(a.q[1], F4),
              __builtin_convertvector(a.q[2], F4), __builtin_convertvector(a.q[3], F4)}};
