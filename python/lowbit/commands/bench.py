@@ -15,7 +15,7 @@ from lowbit.commands._benchmark import DTYPES, Settings, run_benchmark
 from lowbit.commands._cases import BASELINES, MODELS, STANDARD_SHAPES, Shape, model_shapes
 from lowbit.scheme import Scheme
 
-__all__ = ["add_parser", "run"]
+__all__ = ["HEAD", "add_parser", "cells", "make_settings", "notes", "run", "show"]
 
 _DESCRIPTION = """\
 Time y = x @ W.T with packed weights. Everybody runs in turns, medians count, data is random, and weights are cold in cache
@@ -118,19 +118,8 @@ def run(args: argparse.Namespace) -> int:
         from lowbit.commands import _plot  # first, so that a missing matplotlib is known before a minute of measuring
 
         _plot.require_matplotlib()
-    shapes = [*(args.shapes or []), *(s for name in args.models or [] for s in model_shapes(name))]
-    settings = Settings(
-        shapes=shapes or STANDARD_SHAPES,
-        Ms=args.Ms,
-        schemes=args.schemes or [Scheme.parse("int4-g128")],
-        baselines=[name for name in args.baselines if name != "none"],
-        dtype=args.dtype,
-        threads=args.threads,
-        warm=args.warm,
-        seconds=args.time_budget,
-    )
     watched = sys.stderr.isatty() and not args.quiet
-    result = run_benchmark(settings, _say if watched else lambda text: None)
+    result = run_benchmark(make_settings(args), _say if watched else lambda text: None)
     if watched:
         print("\r\033[K", end="", file=sys.stderr)
     if args.json:
@@ -142,6 +131,21 @@ def run(args: argparse.Namespace) -> int:
     if result["interrupted"]:
         raise KeyboardInterrupt
     return 0 if result["rows"] else 1
+
+
+def make_settings(args: argparse.Namespace) -> Settings:
+    """What to measure, from parsed arguments."""
+    shapes = [*(args.shapes or []), *(s for name in args.models or [] for s in model_shapes(name))]
+    return Settings(
+        shapes=shapes or STANDARD_SHAPES,
+        Ms=args.Ms,
+        schemes=args.schemes or [Scheme.parse("int4-g128")],
+        baselines=[name for name in args.baselines if name != "none"],
+        dtype=args.dtype,
+        threads=args.threads,
+        warm=args.warm,
+        seconds=args.time_budget,
+    )
 
 
 def _say(text: str) -> None:
