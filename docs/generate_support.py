@@ -4,12 +4,14 @@
     python docs/generate_support.py --check    # exit 1 if it is not what the library says
 
 The answers are those of `explain`, a pure function of the problem and an instruction set, so that every x86-64 machine
-writes the same file. (On other architectures only "portable" is compiled in, and there is nothing to compare.)
+writes the same file. (On other architectures only "portable" is compiled in, and there is nothing to compare. Run it
+where all instruction sets are when a kernel was added: the table of kernels is that of the machine.)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -18,22 +20,34 @@ import torch  # noqa: F401 - loads what the compiled part links
 from lowbit import _C
 
 TARGET = Path(__file__).with_name("support.md")
-ISAS = ("avx512vnni", "avx512", "avx2", "portable")
 GROUPS = (8, 16, 24, 32, 40, 64, 96, 128, 256, -1)
 ZEROS = ("none", "int", "float", "offset")
-# Op, activation, and how the column is called.
+# Op, and its activations with the words for them.
 INPUTS = (
-    ("gemm", "bfloat16", "`gemm`, `linear`: x in fp32, bf16, fp16"),
-    ("gemm_a8", "int8", "`gemm_a8`: x in int8, per token"),
-    ("gemm_a8", "float8_e4m3fn", "`gemm_a8`: x in fp8, per token or per 128"),
-    ("gemm_grad_input", "bfloat16", "`gemm_grad_input`"),
+    ("gemm", {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}),
+    ("gemm_a8", {"int8": "int8, per token", "float8_e4m3fn": "fp8, per token or per 128"}),
+    ("gemm_grad_input", {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}),
 )
 # Few rows one by one, because kernels change there, then one of each kind.
 ROWS = (*range(1, 18), 32, 64, 129, 1000)
 N, K = 4096, 7680  # K is a multiple of every group size
 
 ENUMS = _C.enums()
+BATCH_INVARIANT = ENUMS["flags"]["batch_invariant"]
 Kind = tuple[str, str, str]  # format, zero kind, scaling
+
+
+def compiled() -> list[str]:
+    """Instruction sets in this build, whatever the machine has."""
+    found = []
+    for isa in ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable"):
+        with contextlib.suppress(ValueError):
+            _C.explain("gemm", f"cpu:{isa}", 1, 1, 1, _C.make_desc(3, -1, 0, 0, 0, False, 1), "float32", 0)
+            found.append(isa)
+    return found
+
+
+ISAS = compiled()
 
 
 def kinds() -> list[Kind]:
@@ -74,42 +88,69 @@ def group_name(group_size: int) -> str:
 
 def kind_names(names: list[Kind]) -> str:
     """A set of kinds in words, shorter where it is everything of its sort."""
-    every = kinds()
-    integers = {row["name"] for row in _C.format_table() if row["kind"] == "int"}
-    sorts = {
-        "every format": [kind for kind in every if kind[2] == "group"],
-        "integer formats, every zero kind": [kind for kind in every if kind[0] in integers],
-        "coded formats": [kind for kind in every if kind[0] not in integers and kind[2] == "group"],
-        "fp8 formats, 128 x 128 blocks": [kind for kind in every if kind[2] == "block128"],
-    }
-    for text, members in sorts.items():
-        if names == members:
-            return text
-    return ", ".join(
-        f"`{format}` ({zero if scaling == 'group' else '128 x 128 blocks'})" for format, zero, scaling in names
-    )
+    if names == [kind for kind in kinds() if kind[2] == "group"]:
+        return "every format"
+    integers = [f"`{row['name']}`" for row in _C.format_table() if row["kind"] == "int"]
+    by_format: dict[str, list[str]] = {}
+    for format, zero, scaling in names:
+        by_format.setdefault(f"`{format}`", []).append("128 x 128 blocks" if scaling == "block128" else zero)
+    by_zeros: dict[str, list[str]] = {}
+    for format, zeros in by_format.items():
+        text = "" if len(zeros) == len(ZEROS) or (zeros == ["none"] and format not in integers) else ", ".join(zeros)
+        by_zeros.setdefault(text, []).append(format)
+    parts = []
+    for zeros, formats in by_zeros.items():
+        if formats[: len(integers)] == integers:
+            formats[: len(integers)] = ["integers"]
+        if formats == ["integers"] and not zeros:
+            zeros = "every zero kind"
+        parts.append(", ".join(formats) + (f" ({zeros})" if zeros else ""))
+    return "; ".join(parts)
+
+
+def matrix_of(op: str, dtype: str) -> dict[tuple[str, tuple[str, ...]], list[Kind]]:
+    """(Group sizes, kernel per instruction set) -> kinds of weights."""
+    rows: dict[tuple[str, tuple[str, ...]], list[Kind]] = {}
+    for kind in kinds():
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for group_size in (128,) if kind[2] == "block128" else GROUPS:
+            answer = tuple(serves(op, isa, kind, group_size, dtype) for isa in ISAS)
+            invariant = {serves(op, isa, kind, group_size, dtype, BATCH_INVARIANT) for isa in ISAS}
+            assert invariant <= {cell.rpartition(", ")[2] for cell in answer}, (op, dtype, kind, group_size)
+            groups.setdefault(answer, []).append(group_name(group_size))
+        for answer, sizes in groups.items():
+            rows.setdefault((", ".join(sizes), answer), []).append(kind)
+    return rows
 
 
 def matrix() -> list[str]:
-    """Op and input, formats and group sizes -> kernel; formats and group sizes with equal answers share a row."""
-    lines = [f"| op and input | weight | group size | {' | '.join(ISAS)} |", f"|---|---|---|{'---|' * len(ISAS)}"]
-    for op, dtype, title in INPUTS:
-        rows: dict[tuple[str, tuple[str, ...]], list[Kind]] = {}  # (group sizes, kernel per ISA) -> kinds
-        for kind in kinds():
-            groups: dict[tuple[str, ...], list[str]] = {}
-            for group_size in (128,) if kind[2] == "block128" else GROUPS:
-                answer = tuple(serves(op, isa, kind, group_size, dtype) for isa in ISAS)
-                groups.setdefault(answer, []).append(group_name(group_size))
-            for answer, sizes in groups.items():
-                rows.setdefault((", ".join(sizes), answer), []).append(kind)
-        lines += [f"| {title} | {kind_names(k)} | {sizes} | {' | '.join(a)} |" for (sizes, a), k in rows.items()]
+    """Activations with equal answers share rows, as do formats and group sizes."""
+    lines = [f"| op | x | weight | group size | {' | '.join(ISAS)} |", f"|---|---|---|---|{'---|' * len(ISAS)}"]
+    for op, dtypes in INPUTS:
+        merged: list[tuple[list[str], dict[tuple[str, tuple[str, ...]], list[Kind]]]] = []
+        for dtype, words in dtypes.items():
+            rows = matrix_of(op, dtype)
+            same = next((names for names, other in merged if other == rows), None)
+            if same is None:
+                merged.append(([words], rows))
+            else:
+                same.append(words)
+        for names, rows in merged:
+            x = ", ".join(names)
+            lines += [
+                f"| `{op}` | {x} | {kind_names(k)} | {sizes} | {' | '.join(a)} |" for (sizes, a), k in rows.items()
+            ]
     return lines
 
 
 def kernels() -> list[str]:
+    """One row per kernel. The table names those that this machine can run: where it lacks some, the page's rows stay."""
+    if set(_C.isa_levels()) != set(ISAS) and TARGET.exists():
+        section = TARGET.read_text().partition("## Kernels of the CPU\n")[2].partition("\n## ")[0]
+        return section.strip().splitlines()
     lines = ["| kernel | op | takes | general |", "|---|---|---|---|"]
     seen: set[tuple[str, str]] = set()
-    for op, _, _ in INPUTS:
+    for op, _ in INPUTS:
         for row in _C.kernel_table():
             if row["op"] == op and (op, row["name"]) not in seen:
                 seen.add((op, row["name"]))
@@ -146,7 +187,7 @@ def page() -> str:
         "",
         "| backend | state |",
         "|---|---|",
-        "| CPU, x86-64: AVX-512 with VNNI and VBMI, AVX-512, AVX2 | works; chosen at run time |",
+        "| CPU, x86-64: AVX2, AVX-512, with VNNI and VBMI, and with bf16 (AMD) | works; chosen at run time |",
         "| CPU, any other (portable C++) | works; what this page says of `portable` holds |",
         "| CUDA | no kernels in this version |",
         "| Metal (MPS) | no kernels in this version |",
@@ -169,14 +210,7 @@ def page() -> str:
         "",
         *matrix(),
         "",
-    ]
-    stream = {isa: serves("gemm", isa, ("int4", "none", "group"), 128, "bfloat16", 1) for isa in ISAS}
-    assert len(set(stream.values())) == 1, stream
-    lines += [
-        "## With `batch_invariant`",
-        "",
-        f"`stream_f32` is refused, so that {stream[ISAS[0]]} takes its place for few rows. "
-        "The other rows of the tables stay as they are.",
+        "`linear` runs the kernels of `gemm`. With `batch_invariant` the kernel named last in a cell serves every M.",
         "",
     ]
     return "\n".join(lines)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import io
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import torch
 
 import lowbit
 from lowbit import _C, QuantizedWeight, Scheme
+from lowbit.cli import make_parser
+from lowbit.commands._cases import BASELINES
 from lowbit.scheme import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +165,33 @@ def test_every_kernel_has_a_bound() -> None:
     page = _read("docs/numerics.md")
     for row in _C.kernel_table():
         assert f"| `{row['name']}` |" in page, row["name"]
+
+
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    parser = make_parser()
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(actions[0].choices)
+
+
+def test_every_command_is_documented() -> None:
+    """With every option and a choice of each baseline."""
+    page = _read("docs/cli.md")
+    assert re.findall(r"^## lowbit (\w+)$", page, re.M) == list(_commands())
+    for name, parser in _commands().items():
+        section = page.split(f"## lowbit {name}\n")[1].split("\n## ")[0]
+        for action in parser._actions:
+            for option in action.option_strings:
+                if option not in ("-h", "--help") and not (name == "info" and option == "--json"):
+                    assert f"| `{option}" in section or f", `{option}" in section, f"lowbit {name} {option}"
+    for baseline in BASELINES:
+        assert f"`{baseline}`" in page, baseline
+
+
+@pytest.mark.parametrize("page", PAGES + PAPERS, ids=_name)
+def test_command_lines_parse(page: Path) -> None:
+    blocks = "\n".join(block[2] for block in FENCE.finditer(page.read_text()) if block[1] == "bash")
+    for line in re.findall(r"^lowbit (.+)$", blocks, re.M):
+        make_parser().parse_args(shlex.split(line, comments=True))  # exits where an option is unknown
 
 
 def test_every_environment_variable_is_documented() -> None:
