@@ -62,7 +62,7 @@ def make_plan(
     Raises:
         ValueError: an override matches nothing or asks for what cannot be done, a scheme does not fit a shape, or
             `strict` found something.
-        ArtifactError: the checkpoint is quantized already.
+        ArtifactError: the checkpoint is quantized already, or nothing in it would be.
     """
     if config.get("quantization_config"):
         raise ArtifactError("the checkpoint is quantized already: config.json has a quantization_config")
@@ -88,7 +88,11 @@ def make_plan(
             reasons[module] = (f"{reason}; name it in an override to quantize it", False)
         else:
             schemes[module] = _fitting(module, chosen or scheme, tensors[f"{module}.weight"])
-    return Plan(schemes, _skipped(tensors, schemes, reasons, strict))
+    skipped = _skipped(tensors, schemes, reasons, strict)
+    if not schemes:
+        why = "; ".join(f"{module}: {reason}" for module, (reason, _) in list(reasons.items())[:3])
+        raise ArtifactError(f"no layer would be quantized ({why or 'there are no tensors'})")
+    return Plan(schemes, skipped)
 
 
 class _Judge:
@@ -96,9 +100,10 @@ class _Judge:
 
     def __init__(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
         self._tensors = tensors
-        self._conv1d = config.get("model_type") in _CONV1D_MODELS
+        self._conv1d = str(config.get("model_type")) in _CONV1D_MODELS
         embeddings = {t.shape for name, t in tensors.items() if len(t.shape) == 2 and self._is_embedding(name)}
-        size = config.get("vocab_size", max((shape[0] for shape in embeddings), default=0))
+        # The largest is the vocabulary's; others hold positions or token types.
+        size = max((shape[0] for shape in embeddings), default=0)
         self._vocabularies = {shape for shape in embeddings if shape[0] == size}
 
     @staticmethod

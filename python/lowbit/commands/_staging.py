@@ -46,7 +46,7 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: another process is writing to the same `out`.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # what a link leads to: a folder cannot be renamed over the link
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.lowbit-partial"
     partial.mkdir(exist_ok=True)
@@ -70,6 +70,7 @@ def staged(out: Path) -> Iterator[Path]:
 
 def _publish(folder: Path, out: Path) -> None:
     if not out.exists() or not any(out.iterdir()):
+        _artifact._sync(folder)
         os.replace(folder, out)  # an empty folder may be replaced by another
         _artifact._sync(out.parent)
         return
