@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from cases import DTYPES, KINDS, cpu_desc, dense, pack, packed, random_weight, random_x
+from cases import DTYPES, KINDS, cpu_desc, dense, desc, pack, packed, random_weight, random_x
 from lowbit import _C, ops
 from reference import Spec, Weight
 
@@ -176,6 +176,23 @@ def test_nan_in_the_weight_reaches_its_column(kind: str, isa: str) -> None:
         for M in (1, 3, 20):
             y = ops.gemm(random_x(M, k), pack(changed), None, n, k, cpu_desc(spec))
             assert torch.equal(y.isnan(), nan_rows.expand(M, n)), (spec, M)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF - 2**32, 0xFF800001 - 2**32])
+def test_every_nan_stays_nan_when_rounded(bits: int, isa: str) -> None:
+    """Rounding to 16 bits must not carry a NaN's payload into the exponent, nor drop it and leave an infinity."""
+    spec = Spec("int4", group_size=32)
+    weight = random_weight(spec, N, 64)
+    scales = torch.full((N, 2), bits, dtype=torch.int32).view(torch.float32)
+    changed = Weight(spec, N, 64, weight.codes, weight.packed, scales)
+    for dtype in DTYPES:
+        assert ops.dequantize(*changed.tensors, N, 64, desc(spec), dtype).isnan().all()
+        for M in (1, 3, 20):
+            assert ops.gemm(random_x(M, 64, dtype=dtype), pack(changed), None, N, 64, cpu_desc(spec)).isnan().all()
+            bias = torch.full((N,), bits, dtype=torch.int32).view(torch.float32)
+            assert ops.gemm(random_x(M, 64, dtype=dtype), pack(weight), bias, N, 64, cpu_desc(spec)).isnan().all()
+            x = torch.full((M, 64), bits, dtype=torch.int32).view(torch.float32).to(dtype)
+            assert ops.gemm(x, pack(weight), None, N, 64, cpu_desc(spec)).isnan().all()
 
 
 def test_overflow_of_the_output_is_infinite() -> None:

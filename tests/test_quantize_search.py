@@ -104,5 +104,5 @@ def test_groups_of_zeros_and_single_values() -> None:
             weight = torch.full((2, 16), value)
             packed, scales, zeros = ops.quantize(weight, desc(spec), True)
             W = ops.dequantize(packed, scales, zeros, None, 2, 16, desc(spec))
-            assert W.isfinite().all() and (scales > 0).all(), kind
+            assert W.isfinite().all() and (scales != 0).all(), kind
             assert (W - weight).abs().max() <= 1e-6, kind
