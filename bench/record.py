@@ -85,16 +85,15 @@ def _markdown(result: dict[str, Any]) -> str:
 def _ratios(rows: list[dict[str, Any]]) -> list[str]:
     """Times faster than torch bf16, one row per contender and one column per M."""
     Ms = list(dict.fromkeys(row["M"] for row in rows))
-    ratio = {(row["name"], row["M"]): row["vs_torch_bf16"] for row in rows}
-    if not any(ratio.values()):
+    if not any(row["vs_torch_bf16"] for row in rows):
         return []
+    ratio = {(row["name"], row["M"]): bench.cells(row)[-1] + ("*" if row.get("contended") else "") for row in rows}
     lines = [
         "| times as fast as torch bf16 | " + " | ".join(f"M = {M}" for M in Ms) + " |",
         "|---" * (len(Ms) + 1) + "|",
     ]
     for name in dict.fromkeys(row["name"] for row in rows):
-        cells = [ratio.get((name, M)) for M in Ms]
-        lines.append(f"| {name} | " + " | ".join("" if r is None else f"{r:.2f}" for r in cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(ratio.get((name, M), "") for M in Ms) + " |")
     return lines
 
 

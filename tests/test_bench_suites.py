@@ -58,6 +58,7 @@ def test_record_writes_a_table_and_json(tmp_path: Path, monkeypatch: pytest.Monk
     module = record()
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr("lowbit.commands._measure.cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr("lowbit.commands._measure.Others.cores", lambda self: 0.0)
     args = [
         "--name",
         "here",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from lowbit.scheme import PRESETS
 def _quick(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
     """A small cache means few copies; the real roofline takes seconds and has a test of its own."""
     monkeypatch.setattr(_measure, "cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(_benchmark.Others, "cores", lambda self: 0.0)
     peaks = {"float32": 1e11, "bfloat16": 2e11, "int8": 4e11}
     monkeypatch.setattr(_benchmark, "measure_roofline", lambda threads: Roofline(threads, 1e10, peaks))
 
@@ -197,6 +202,49 @@ def test_interleaving_takes_turns_in_changing_order() -> None:
     assert all(indices == list(range(len(indices))) for indices in used.values())  # copies in rotation
     turns = [name for i, name in enumerate(log[6:]) if i == 0 or log[6:][i - 1] != name]
     assert len(set(itertools.pairwise(turns))) > 3  # not always a, b, c
+
+
+def test_contention_is_seen_and_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    conditions = _benchmark._conditions
+    cores = os.cpu_count() or 1
+    assert conditions(0.1, cores) == {"others_cores": 0.1, "contended": False}
+    assert conditions(0.5, cores)["contended"] is True
+    assert conditions(cores - 0.9, 1)["contended"] is False
+    assert conditions(None, cores)["contended"] is False
+    monkeypatch.setattr(_measure.Others, "cores", lambda self: 1e3)
+    assert (
+        cli.main(
+            ["bench", "--shape", "64x64", "--M", "1", "--scheme", "int8", "--threads", "1", "--time-budget", "0.1"]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "*: 2 of 2 rows were measured while other processes wanted the same cores" in text
+
+
+def test_other_processes_are_counted_and_we_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of what _quick does
+    ticks = os.sysconf("SC_CLK_TCK")
+    now = {"clock": 10.0, "ours": 1.0, "user": 100 * ticks}
+    line = "cpu  {user} 0 0 999999 77 0 0 0 0 0\ncpu0 1 2 3\n"
+    monkeypatch.setattr(_measure.Path, "read_text", lambda self: line.format_map(now))
+    monkeypatch.setattr(_measure.time, "perf_counter", lambda: now["clock"])
+    monkeypatch.setattr(_measure.time, "process_time", lambda: now["ours"])
+    others = _measure.Others()
+    now |= {"clock": 14.0, "ours": 3.0, "user": 105 * ticks}
+    assert others.cores() == pytest.approx(0.75)  # 5 seconds of CPU time in 4, of which 2 were ours
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="read from Linux's /proc")
+def test_a_busy_process_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of what _quick does
+    others = _measure.Others()
+    begin = time.perf_counter()
+    code = "import time\nwhile time.process_time() < 0.6: pass"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    cores = others.cores()
+    assert cores is not None
+    assert cores * (time.perf_counter() - begin) > 0.5
 
 
 def test_samples() -> None:

@@ -16,7 +16,7 @@ import lowbit
 from lowbit import _C
 from lowbit.commands._cases import Shape
 from lowbit.commands._contenders import Contender, make_baseline, make_dequantize, make_scheme
-from lowbit.commands._measure import Roofline, Sample, cache_bytes, interleave, measure_roofline
+from lowbit.commands._measure import Others, Roofline, Sample, cache_bytes, interleave, measure_roofline
 from lowbit.commands.info import cpu_name
 from lowbit.scheme import Scheme
 
@@ -140,10 +140,19 @@ def _run_shapes(settings: Settings, rooflines: dict[int, Roofline], result: dict
             torch.set_num_threads(threads)
             say(f"{shape}, M={M}, {threads} thread{'s' if threads > 1 else ''}")
             x = torch.randn(M, shape.K).to(DTYPES[settings.dtype])
+            others = Others()
             samples = interleave({c.name: c.bind(x) for c in contenders}, left / to_do)
+            conditions = _conditions(others.cores(), threads)
             to_do -= 1
             for contender in contenders:
-                result["rows"].append(_row(shape, M, threads, x, contender, samples[contender.name]))
+                row = _row(shape, M, threads, x, contender, samples[contender.name])
+                result["rows"].append({**row, **conditions})
+
+
+def _conditions(others: float | None, threads: int) -> dict[str, Any]:
+    """Whether others wanted the cores that this ran on: threads that wait for one another then wait for the scheduler."""
+    contended = others is not None and threads + others > (os.cpu_count() or 1) + 0.25
+    return {"others_cores": others, "contended": contended}
 
 
 def _contenders(settings: Settings, shape: Shape, result: dict[str, Any]) -> list[Contender]:

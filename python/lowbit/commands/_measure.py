@@ -7,6 +7,7 @@ hits everybody alike. Weights are used in rotation, so that each one has left th
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import re
 import statistics
@@ -19,7 +20,7 @@ from typing import Final
 
 import torch
 
-__all__ = ["Call", "Roofline", "Sample", "cache_bytes", "copies_for", "interleave", "measure_roofline"]
+__all__ = ["Call", "Others", "Roofline", "Sample", "cache_bytes", "copies_for", "interleave", "measure_roofline"]
 
 #: Runs the contender on its i-th copy of the weight.
 Call = Callable[[int], object]
@@ -56,6 +57,37 @@ def copies_for(nbytes: int, warm: bool) -> int:
         return 1
     room = 2 * cache_bytes()
     return 1 if nbytes >= room else -(-room // nbytes) + 1
+
+
+class Others:
+    """How many cores other processes (or, in a virtual machine, other guests) keep busy; Linux only.
+
+    Example:
+        >>> others = Others()
+        >>> others.cores()  # since then; None where the system does not say
+        0.02
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        """Seconds by the clock, and seconds of CPU time that were not ours."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        except OSError:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(value) for value in fields[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy - time.process_time()
+
+    def cores(self) -> float | None:
+        """Cores that others kept busy since this was made."""
+        end = self._now()
+        if self._begin is None or end is None or end[0] <= self._begin[0]:
+            return None
+        return max(0.0, (end[1] - self._begin[1]) / (end[0] - self._begin[0]))
 
 
 @dataclasses.dataclass(frozen=True)

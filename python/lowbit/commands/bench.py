@@ -159,10 +159,10 @@ HEAD = ("N x K", "M", "threads", "what", "kernel", "median us", "±%", "GB/s", "
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the result as text, under `HEAD`."""
-    ratio = row["vs_torch_bf16"]
+    ratio, mark = row["vs_torch_bf16"], "*" if row.get("contended") else ""
     return (
         f"{row['shape'][0]} x {row['shape'][1]}", str(row["M"]), str(row["threads"]), row["name"], row["kernel"],
-        f"{row['median_us']:.1f}", f"{100 * row['spread']:.0f}", f"{row['GBps']:.1f}", f"{row['TFLOPs']:.3f}",
+        f"{row['median_us']:.1f}{mark}", f"{100 * row['spread']:.0f}", f"{row['GBps']:.1f}", f"{row['TFLOPs']:.3f}",
         f"{row['roofline_percent']:.0f}%", "" if ratio is None else f"{ratio:.2f}",
     )  # fmt: skip
 
@@ -182,6 +182,11 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         where = "x".join(map(str, left["shape"]))
         what = left.get("name") or " ".join(f"{k}={left[k]}" for k in ("M", "threads") if k in left)
         lines.append(f"left out: {where} {what}: {left['why']}")
+    if contended := sum(bool(row.get("contended")) for row in result["rows"]):
+        lines.append(
+            f"*: {contended} of {len(result['rows'])} rows were measured while other processes wanted the same cores; "
+            "they say nothing about this machine"
+        )
     if result["interrupted"]:
         lines.append("interrupted: the rest was not measured")
     return lines
