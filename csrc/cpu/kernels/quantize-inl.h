@@ -13,8 +13,9 @@
 // A group without extent has s = 1; an s that would round to 0 becomes the dtype's smallest number; a group with a NaN
 // has a NaN scale.
 //
-// The search starts from that, tries a grid of smaller and larger ranges, then refits scale (and offset) by least
-// squares to the codes found, and keeps a candidate only if its squared error is smaller: never worse than
+// The search starts from that, tries a grid of smaller and larger ranges (with a negative scale where a symmetric integer
+// group has its extreme on the positive side), then refits scale (and offset) by least squares to the codes found, and
+// keeps a candidate only if its squared error is smaller: never worse than
 // round-to-nearest on any group. The error is summed in fp64 over 16 fixed lanes, so that the choice is the same on
 // every ISA.
 
@@ -226,16 +227,20 @@ void search_scale(const QuantizeJob& job, const Range& range, Encoder& e) {
   Encoder candidate = e;
   const auto try_candidate = [&](const Affine& p) {
     candidate.p = p;
-    if (!(p.scale > 0.0f)) return false;
+    if (!(p.scale != 0.0f && p.scale - p.scale == 0.0f)) return false;  // neither 0 nor Inf nor NaN
     const double error = squared_error(job, candidate);
     if (!(error < best)) return false;
     best = error;
     e.p = p;
     return true;
   };
+  // Symmetric integers reach further down (-8) than up (7): a negative scale gives the long side to a positive extreme.
+  const bool reaches_down = kKind == ZeroKind::kNone && job.code == nullptr;
+  const float sign = reaches_down && range.high > -range.low ? -1.0f : 1.0f;
   for (int i = 0; i < kSteps && best > 0; ++i) {
     // 0.40 .. 1.15 of the range: two bits want to clip half of it, symmetric codes gain by reaching a little further.
-    try_candidate(affine_of<kKind>(job, range, 0.40f + 0.012f * static_cast<float>(i)));
+    const float factor = 0.40f + 0.012f * static_cast<float>(i);
+    try_candidate(affine_of<kKind>(job, range, sign * factor));
   }
   for (int i = 0; i < 4 && best > 0; ++i) {
     if (!try_candidate(round_to_storage<kKind>(refit<kKind>(job, e), job.scale_dtype))) break;
