@@ -31,7 +31,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), "os^Dv*PX<>"[i % 10], label=name, color=f"C{i % 10}")
         axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
-        axes.set_title(f"{result['device']}, {result['isa']}, {roof['threads']} threads, x in {result['dtype']}")
+        axes.set_title(f"{result['device']}, {result['isa']}, {roof['threads']} thread{'s' * (roof['threads'] > 1)}, x in {result['dtype']}")
         axes.grid(which="both", alpha=0.2)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
