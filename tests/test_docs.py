@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -220,14 +221,29 @@ def test_table_of_schemes() -> None:
         assert abs(measured - float(sqnr)) < 0.15, f"{name}: {measured:.2f} dB"
 
 
-@pytest.mark.skipif("avx2" not in _C.isa_levels(), reason="the page is about x86-64, and this CPU has no AVX2")
-def test_support_matrix_is_up_to_date() -> None:
-    script = ROOT / "docs" / "generate_support.py"
-    spec = importlib.util.spec_from_file_location("generate_support", script)
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.page() == _read("docs/support.md"), "run: python docs/generate_support.py"
+    return module
+
+
+def test_speed_table_is_what_was_measured() -> None:
+    """The README's numbers are those of the result that it names; without one it has none."""
+    text = _between(_read("README.md"), "bench").strip()
+    source = re.search(r"\(bench/results/([\w.-]+)\.md\)", text)
+    if source is None:
+        assert not re.search(r"\d", text)
+        return
+    N, K, threads = re.search(r"W (\d+) x (\d+) .*?(\d+) thread", text).groups()  # type: ignore[union-attr]
+    wanted = _script("generate_bench").block(ROOT / "bench" / "results" / f"{source[1]}.json", f"{N}x{K}", int(threads))
+    assert text == wanted, "run: python docs/generate_bench.py"
+
+
+@pytest.mark.skipif("avx2" not in _C.isa_levels(), reason="the page is about x86-64, and this CPU has no AVX2")
+def test_support_matrix_is_up_to_date() -> None:
+    assert _script("generate_support").page() == _read("docs/support.md"), "run: python docs/generate_support.py"
 
 
 @pytest.mark.parametrize("page", PAGES + PAPERS, ids=_name)
