@@ -24,14 +24,17 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7 * len(rooflines), 5), layout="constrained")
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))
     for axes, roof in zip(figure.subplots(1, len(rooflines), squeeze=False)[0], rooflines, strict=True):
-        rows = [row for row in result["rows"] if row["threads"] == roof["threads"]]
+        count = roof["threads"]
+        rows = [row for row in result["rows"] if row["threads"] == count]
         _draw_roof(axes, roof, rows)
         for i, name in enumerate(names):
             points = [(row["operations"] / row["bytes"], row["TFLOPs"]) for row in rows if row["name"] == name]
             if points:
                 axes.plot(*zip(*points, strict=True), "os^Dv*PX<>"[i % 10], label=name, color=f"C{i % 10}")
         axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
-        axes.set_title(f"{result['device']}, {result['isa']}, {roof['threads']} thread{'s' * (roof['threads'] > 1)}, x in {result['dtype']}")
+        axes.set_title(
+            f"{result['device']}, {result['isa']}, {count} thread{'s' * (count > 1)}, x in {result['dtype']}"
+        )
         axes.grid(which="both", alpha=0.2)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -177,7 +177,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     ]
     for roof in result["roofline"]:
         peaks = ", ".join(f"{name} {value:.3f}" for name, value in roof["TFLOPs"].items() if value)
-        lines.append(f"roofline, {roof['threads']} thread{'s' * (roof['threads'] > 1)}: read {roof['read_GBps']:.1f} GB/s; TFLOP/s: {peaks}")
+        threads = f"{roof['threads']} thread{'s' * (roof['threads'] > 1)}"
+        lines.append(f"roofline, {threads}: read {roof['read_GBps']:.1f} GB/s; TFLOP/s: {peaks}")
     for left in result["left_out"]:
         where = "x".join(map(str, left["shape"]))
         what = left.get("name") or " ".join(f"{k}={left[k]}" for k in ("M", "threads") if k in left)
