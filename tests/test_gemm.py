@@ -98,7 +98,7 @@ def test_every_shape(M: int, isa: str) -> None:
 def test_one_hot_rows_read_out_the_weight(kind: str, isa: str) -> None:
     """x = a column of the identity: y is that column of W, rounded once, to the last bit."""
     for i, (spec, N, K) in enumerate(specs(kind)):
-        if i % 3 and K > 130:
+        if i % 2 and K > 64:
             continue
         w, W = packed(spec, N, K), dense(spec, N, K)
         dtype = DTYPES[i % 3]

@@ -39,6 +39,8 @@ def _assert_same(
 def _expected(kind: str) -> list[tuple[torch.Tensor, reference.Weight]]:
     cases = []
     for i, (spec, N, K) in enumerate(specs(kind)):
+        if N * spec.groups(K) > 1500:  # a group is a step of a Python loop there
+            continue
         weight = _gaussian(N, K, DTYPES[i % 3])
         cases.append((weight, reference.quantize(weight, dataclasses.replace(spec, has_perm=False))))
     return cases
@@ -148,16 +150,17 @@ def test_same_bits_on_every_isa_and_thread_count(search: bool, threads: None) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_reaches_its_group_and_no_other(kind: str, isa: str) -> None:
     format, zero_kind, scaling = KINDS[kind]
-    spec = Spec(format, zero_kind, 128 if scaling == "block128" else 16, "bfloat16", scaling)
-    weight = _gaussian(130, 160)
+    block = scaling == "block128"
+    spec = Spec(format, zero_kind, 128 if block else 16, "bfloat16", scaling)
+    N, K = 130 if block else 4, 160
     for position in (0, 5, 15):
-        weight = _gaussian(130, 160)
+        weight = _gaussian(N, K)
         weight[2, 128 + position] = torch.nan
         for search in (False, True):
             packed, scales, zeros = ops.quantize(weight, desc(spec), search)
-            W = ops.dequantize(packed, scales, zeros, None, 130, 160, desc(spec))
-            hit = torch.zeros(130, 160, dtype=torch.bool)
-            hit[(slice(0, 128), slice(128, 160)) if scaling == "block128" else (2, slice(128, 144))] = True
+            W = ops.dequantize(packed, scales, zeros, None, N, K, desc(spec))
+            hit = torch.zeros(N, K, dtype=torch.bool)
+            hit[(slice(0, 128), slice(128, 160)) if block else (2, slice(128, 144))] = True
             assert scales.isnan().sum() == 1
             assert W[hit].isnan().all() and W[~hit].isfinite().all()
 
