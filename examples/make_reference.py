@@ -1,6 +1,6 @@
 """Writes minilm_reference.safetensors: what transformers' BERT makes of some sentences, for tests of minilm.py.
 
-    pip install transformers && python examples/make_reference.py
+pip install transformers && python examples/make_reference.py
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
+import transformers  # type: ignore[import-not-found, unused-ignore]
 from minilm import load_tokenizer, model_folder, read_sentences, tokenize
 from safetensors.torch import save_file
 

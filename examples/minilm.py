@@ -95,13 +95,13 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids int64 [B, T]; mask bool [B, T], False where a token is padding. Returns [B, hidden]."""
+        """ids int64 [B, T]; mask bool [B, T], False where a token is padding. Returns fp32 [B, hidden]."""
         # One sentence at a time: every token is of type 0.
         x = self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]] + self.types.weight[0])
         for layer in self.layers:
             x = layer(x, mask[:, None, None, :])
-        # The mean over real tokens. Its denominator does not matter: the length becomes 1.
-        return F.normalize((x * mask[:, :, None]).sum(1), dim=-1)
+        # The mean over real tokens, in fp32 whatever the layers are in. Its denominator does not matter: the length becomes 1.
+        return F.normalize((x * mask[:, :, None]).sum(1, dtype=torch.float32), dim=-1)
 
 
 # What the checkpoint calls things, and what they are called here.
@@ -188,8 +188,7 @@ def encode(encoder: Encoder, tokenizer: Tokenizer, sentences: Sequence[str], bat
     """Sentences to vectors fp32 [len(sentences), 384] of length 1: their products are cosine similarities."""
     with torch.inference_mode():
         parts = [
-            encoder(*tokenize(tokenizer, sentences[begin : begin + batch])).float()
-            for begin in range(0, len(sentences), batch)
+            encoder(*tokenize(tokenizer, sentences[begin : begin + batch])) for begin in range(0, len(sentences), batch)
         ]
     return torch.cat(parts)
 
