@@ -162,6 +162,11 @@ def test_compile_under_autocast(dtype: torch.dtype) -> None:
     y.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
 
+    outside = torch.compile(lambda x: ops.linear(x, W, bias, N, K, DESC), fullgraph=True, dynamic=True)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(outside(x), y)
+    assert outside(x).dtype == torch.float32
+
 
 def test_compile_every_op() -> None:
     model = torch.compile(_Model(), fullgraph=True, dynamic=False)

