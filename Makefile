@@ -36,10 +36,10 @@ help:
 demo: build $(STAMPS)/demo
 	$(BIN)/python examples/demo_minilm.py
 
-test: build
+test: build $(STAMPS)/demo
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: build
+test-all: build $(STAMPS)/demo
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: build $(STAMPS)/bench

@@ -162,6 +162,14 @@ def test_compile_under_autocast(dtype: torch.dtype) -> None:
     y.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
 
+
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="seen in torch 2.11: its cache of compiled graphs forgets autocast's dtype"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_compiled(dtype: torch.dtype) -> None:
+    x, bias = random_x(4, K).requires_grad_(), random_x(N)
+    y = ops.linear(x.to(dtype), W, bias.to(dtype), N, K, DESC)
     outside = torch.compile(lambda x: ops.linear(x, W, bias, N, K, DESC), fullgraph=True, dynamic=True)
     with torch.autocast("cpu", dtype):
         assert torch.equal(outside(x), y)

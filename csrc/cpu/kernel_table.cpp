@@ -38,7 +38,7 @@ std::string refuse_stream(const Problem& p, const CpuTile16& tile, const IsaKern
   if (p.M >= kBf16Rows && refuse_panel_bf16(p, tile, isa).empty())
     return concat("M=", p.M, ": bf16 dot products are faster from M=", kBf16Rows);
   if (p.M > isa.stream_rows)
-    return concat("M=", p.M, " exceeds the ", isa.stream_rows, " rows that fit its registers");
+    return concat("M=", p.M, " exceeds its ", isa.stream_rows, " rows, two passes over a strip");
   return refuse_short_blocks(tile);
 }
 
