@@ -47,18 +47,15 @@ def test_public_things_are_documented_and_typed(name: str) -> None:
 
 def test_import_is_quiet_lazy_and_does_not_touch_cuda() -> None:
     code = """
-import sys, time, torch
+import sys, torch
 before = set(sys.modules)
 def refuse(*args): raise AssertionError("CUDA was initialised")
 torch.cuda._lazy_init = refuse
-start = time.perf_counter()
 import lowbit
-seconds = time.perf_counter() - start
 loaded = set(sys.modules) - before
 slow = sorted(n for n in loaded if n.partition(".")[0] in {"rich", "safetensors", "numpy", "transformers", "triton"})
 assert not slow, slow
 assert not torch.cuda.is_initialized()
-assert seconds < 2, seconds
 assert "int4" in str(lowbit.Scheme("int4"))
 """
     done = run(code, "-W", "error::UserWarning:lowbit")
