@@ -28,8 +28,6 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float to_float(float value) { return value; }
-
 inline float to_float(BFloat16 value) {
   return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
 }
@@ -79,21 +77,6 @@ inline Half to_half(float value) {
   }
   const uint32_t rebiased = magnitude - 0x38000000u;
   return {static_cast<uint16_t>(sign | ((rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13))};
-}
-
-template <class T>
-T from_float(float value);
-template <>
-inline float from_float<float>(float value) {
-  return value;
-}
-template <>
-inline Half from_float<Half>(float value) {
-  return to_half(value);
-}
-template <>
-inline BFloat16 from_float<BFloat16>(float value) {
-  return to_bfloat16(value);
 }
 
 }  // namespace lowbit

@@ -97,7 +97,4 @@ class Scratch {
   bool uses_thread_buffer_ = false;
 };
 
-// Bytes that `count` elements take in a Scratch.
-inline int64_t scratch_bytes(int64_t count, int64_t size) { return (count * size + 63) / 64 * 64; }
-
 }  // namespace lowbit

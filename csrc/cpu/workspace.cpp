@@ -6,11 +6,6 @@
 #include "cpu/kernels/job.h"
 
 namespace lowbit {
-namespace {
-
-int64_t piece(int64_t count, int64_t size) { return round_up(count * size, 64); }
-
-}  // namespace
 
 int64_t int32_segment(const CpuTile16& tile) {
   return std::min<int64_t>(tile.shape.group_size, 32768);
@@ -19,9 +14,10 @@ int64_t int32_segment(const CpuTile16& tile) {
 int64_t gemm_scratch_bytes(int64_t M, const CpuTile16& tile) {
   const int64_t chunk = std::min<int64_t>(M, kMaxRows);
   const int64_t segments = tile.shape.groups * div_up(tile.shape.group_size, int32_segment(tile));
-  const int64_t as_floats = piece(chunk * tile.K_padded, 4);
-  const int64_t as_codes = piece(chunk * tile.K_padded, 1) + piece(chunk * segments, 4);
-  return piece(tile.shape.N, 4) + std::max(as_floats, as_codes);
+  const int64_t as_floats = scratch_bytes(chunk * tile.K_padded, 4);
+  const int64_t as_codes =
+      scratch_bytes(chunk * tile.K_padded, 1) + scratch_bytes(chunk * segments, 4);
+  return scratch_bytes(tile.shape.N, 4) + std::max(as_floats, as_codes);
 }
 
 int64_t workspace_size(const std::string& op, int64_t M, int64_t N, int64_t K, int64_t desc) {

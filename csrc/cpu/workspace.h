@@ -9,6 +9,9 @@
 
 namespace lowbit {
 
+// Bytes that `count` elements of `size` bytes take in a Scratch.
+inline int64_t scratch_bytes(int64_t count, int64_t size) { return round_up(count * size, 64); }
+
 // The longest stretch of K whose int32 sum of (xq - zero) * (q - zero) cannot overflow: 255 * 255 * 32768 < 2^31.
 int64_t int32_segment(const CpuTile16& tile);
 
