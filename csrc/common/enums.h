@@ -36,8 +36,11 @@ enum class Scaling : int {
   kFlat = 3,      // groups that run across rows: named here, no kernel takes it yet
 };
 
-enum class Layout : int { kCanonical = 0, kCpuTile16 = 1 };
+enum class Layout : int { kCanonical = 0, kCpuTile16 = 1, kCudaTile64 = 2 };
 
 enum Flags : int64_t { kBatchInvariant = 1 };
+
+// Element types of activations and outputs. Never stored, so free to change.
+enum class Element : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFp8E4m3 = 4 };
 
 }  // namespace lowbit

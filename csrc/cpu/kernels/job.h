@@ -10,8 +10,6 @@
 
 namespace lowbit {
 
-enum class Element : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFp8E4m3 = 4 };
-
 // A packed weight in layout cpu_tile16 (packing/cpu_tile16.h), as kernels read it.
 struct WeightView {
   const uint8_t* data;

@@ -1,0 +1,24 @@
+// What device code starts from: the CUDA language under nvcc, its emulation on the CPU otherwise (tests/emulator).
+//
+// Kernel files include this, ptx.cuh, headers of csrc/{common/enums.h, packing, cuda} and <cstdint>: no torch, no CUDA
+// library headers. The emulator supplies __global__, __device__, __host__, __launch_bounds__, threadIdx, blockIdx,
+// blockDim, gridDim, uint2, uint4, float2, float4 and make_*; dynamic shared memory comes from dynamic_shared().
+#pragma once
+
+#include <cstdint>
+
+#if defined(LOWBIT_EMULATOR)
+#include "emulator/language.h"
+#else
+
+namespace lowbit::cuda {
+
+// The block's dynamic shared memory, aligned to 128 bytes.
+__device__ inline uint8_t* dynamic_shared() {
+  extern __shared__ __align__(128) uint8_t lowbit_dynamic_shared[];
+  return lowbit_dynamic_shared;
+}
+
+}  // namespace lowbit::cuda
+
+#endif

@@ -1,0 +1,45 @@
+// The shapes in which GEMM kernels cut their work: one row per kernel and shape, read by the kernels (as template
+// arguments), by selection and by the tests. Host and device; no code that runs.
+#pragma once
+
+#include <cstdint>
+
+namespace lowbit::cuda {
+
+enum class Kernel : int { kStream, kMatrix, kA8Int, kA8Fp8, kA8Decode, kGrad, kGeneral, kGeneralGrad };
+
+struct Tile {
+  Kernel kernel;
+  const char* name;   // of the row in the kernel table
+  int rows;           // output rows (N; for grad: columns of dx) per block: whole strips
+  int tokens;         // M per block
+  int step;           // K per pipeline step
+  int warps_n, warps_m, warps_k;  // how a block's warps divide rows, tokens and the steps of K
+  int stages;         // steps in flight
+  int blocks_per_sm;  // that the registers allow
+
+  constexpr int warps() const { return warps_n * warps_m * warps_k; }
+  constexpr int threads() const { return 32 * warps(); }
+};
+
+// In order of preference within a kernel: the smallest M first.
+inline constexpr Tile kTiles[] = {
+    //  kernel            name            rows tokens step  n  m  k  stages blocks
+    {Kernel::kStream, "stream_m8", 64, 8, 64, 1, 1, 8, 4, 2},
+    {Kernel::kStream, "stream_m16", 64, 16, 64, 1, 1, 8, 4, 2},
+    {Kernel::kMatrix, "matrix_m32", 128, 32, 64, 2, 1, 2, 4, 2},
+    {Kernel::kMatrix, "matrix_m64", 128, 64, 64, 2, 2, 1, 4, 2},
+    {Kernel::kMatrix, "matrix_m128", 128, 128, 64, 2, 2, 1, 4, 2},
+    {Kernel::kA8Int, "a8_int_m16", 64, 16, 128, 1, 1, 4, 3, 2},
+    {Kernel::kA8Int, "a8_int_m64", 128, 64, 128, 2, 2, 1, 3, 2},
+    {Kernel::kA8Int, "a8_int_m128", 128, 128, 128, 2, 2, 1, 3, 2},
+    {Kernel::kA8Fp8, "a8_fp8_m16", 64, 16, 128, 1, 1, 4, 3, 2},
+    {Kernel::kA8Fp8, "a8_fp8_m64", 128, 64, 128, 2, 2, 1, 3, 2},
+    {Kernel::kA8Decode, "a8_decode_m64", 128, 64, 64, 2, 2, 1, 3, 2},
+    {Kernel::kGrad, "grad_m64", 64, 64, 64, 1, 2, 2, 2, 2},
+    {Kernel::kGeneral, "general", 1, 1, 1, 1, 1, 1, 1, 1},
+    {Kernel::kGeneralGrad, "general_grad", 1, 1, 1, 1, 1, 1, 1, 1},
+};
+inline constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+
+}  // namespace lowbit::cuda
