@@ -22,3 +22,14 @@ __device__ inline uint8_t* dynamic_shared() {
 }  // namespace lowbit::cuda
 
 #endif
+
+namespace lowbit::cuda {
+
+// Every comparison that keeps an access inside its array is written with this, so that the mutation tests can find and
+// remove them one at a time.
+template <class Index, class Size>
+__host__ __device__ constexpr bool inside(Index index, Size size) {
+  return index < size;
+}
+
+}  // namespace lowbit::cuda
