@@ -5,6 +5,7 @@ Built from the library's own tables, so that a new format or kernel is covered, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator
@@ -135,6 +136,26 @@ def random_weight(spec: Spec, N: int, K: int) -> Weight:
         zeros = torch.from_numpy(r.uniform(-2, 2, shape)).to(dtype)
     perm = torch.from_numpy(r.permutation(K).astype(np.int32)) if spec.has_perm else None
     return Weight(spec, N, K, codes, torch.from_numpy(reference.pack_stream(codes, spec.bits)), scales, zeros, perm)
+
+
+def with_zero_column(spec: Spec, N: int, K: int, column: int) -> Weight:
+    """`random_weight` with W[:, column] = 0, although the codes there are not 0."""
+    w = random_weight(spec, N, K)
+    codes, scales, zeros = w.codes.copy(), w.scales, w.zeros
+    if spec.coded:
+        codes[:, column] = int(np.flatnonzero(reference.CODES[spec.format] == 0)[0])
+    elif spec.zero_kind == "none":
+        codes[:, column] = 2 ** (spec.bits - 1)
+    else:
+        codes[:, column] = 3
+        assert zeros is not None
+        if spec.zero_kind == "offset":
+            scales = (2.0 ** torch.floor(torch.log2(scales.float().abs()))).to(scales.dtype)
+            zeros = (-3 * scales.float()).to(zeros.dtype)
+        else:
+            zeros = torch.full_like(zeros, 3)
+    stream = torch.from_numpy(reference.pack_stream(codes, spec.bits))
+    return dataclasses.replace(w, codes=codes, packed=stream, scales=scales, zeros=zeros)
 
 
 @functools.lru_cache(maxsize=2048)

@@ -26,6 +26,7 @@ from cases import (
     random_x,
     rng,
     specs,
+    with_zero_column,
 )
 from lowbit import ops
 from reference import UNIT, Spec, Weight
@@ -138,26 +139,6 @@ def test_representable_weights_need_no_allowance(dtype: torch.dtype, isa: str) -
                 reference.assert_close(y, reference.product(x, weight.dense(), None, 0, dtype), (spec, N, K, M))
 
 
-def _with_zero_column(spec: Spec, N: int, K: int, column: int) -> Weight:
-    """`random_weight` with W[:, column] = 0, although the codes there are not 0."""
-    w = random_weight(spec, N, K)
-    codes, scales, zeros = w.codes.copy(), w.scales, w.zeros
-    if spec.coded:
-        codes[:, column] = int(np.flatnonzero(reference.CODES[spec.format] == 0)[0])
-    elif spec.zero_kind == "none":
-        codes[:, column] = 2 ** (spec.bits - 1)
-    else:
-        codes[:, column] = 3
-        assert zeros is not None
-        if spec.zero_kind == "offset":
-            scales = (2.0 ** torch.floor(torch.log2(scales.float().abs()))).to(scales.dtype)
-            zeros = (-3 * scales.float()).to(zeros.dtype)
-        else:
-            zeros = torch.full_like(zeros, 3)
-    stream = torch.from_numpy(reference.pack_stream(codes, spec.bits))
-    return dataclasses.replace(w, codes=codes, packed=stream, scales=scales, zeros=zeros)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_outlier_spoils_nothing(kind: str, isa: str) -> None:
     """One activation of 1500 among values of 0.05, as real ones are, where the weight is zero.
@@ -170,7 +151,7 @@ def test_an_outlier_spoils_nothing(kind: str, isa: str) -> None:
     for group_size in (128,) if scaling == "block128" else (32, 40, 128, -1):
         spec = Spec(format, zero_kind, group_size, "float32", scaling)
         for column in (0, 77, 263):
-            weight = _with_zero_column(spec, N, K, column)
+            weight = with_zero_column(spec, N, K, column)
             w, W = pack(weight), weight.dense()
             assert not W[:, column].any()
             for M in (1, 3, 8, 20):
