@@ -270,6 +270,7 @@ def test_sdist_builds_a_wheel_that_works(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "lowbit/py.typed" in names
     assert "lowbit/_C.pyi" in names
+    assert {"lowbit/cmake/lowbitConfig.cmake", "lowbit/cmake/lowbitConfigVersion.cmake"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
 
     target = tmp_path / "site"

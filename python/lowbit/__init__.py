@@ -16,6 +16,7 @@ except ModuleNotFoundError as _error:
 
 from lowbit import _C as _C
 from lowbit import ops
+from lowbit._locations import cmake_dir, library_paths
 from lowbit._selection import can_implement, explain
 from lowbit.convert import quantize_
 from lowbit.errors import ArtifactError, FormatError
@@ -32,7 +33,9 @@ __all__ = [
     "Scheme",
     "__version__",
     "can_implement",
+    "cmake_dir",
     "explain",
+    "library_paths",
     "load_quantized",
     "ops",
     "quantize_",
