@@ -1,0 +1,122 @@
+// Copies, loads, fences and counters: what single threads do to memory, with the checks that hardware does or should do.
+
+#include <cstring>
+
+#include "common/check.h"
+#include "emulator/scheduler.h"
+
+namespace lowbit::emulator {
+namespace {
+
+void check_aligned(const void* pointer, const char* what, Site at) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) {
+    fail_here(concat(what, " is not aligned to 16 bytes: it ends in ",
+                     reinterpret_cast<uintptr_t>(pointer) % 16),
+              at);
+  }
+}
+
+// What the bytes of a copy will be, read where AddressSanitizer sees it.
+void read_source(uint8_t (&data)[16], const void* from, int bytes) {
+  std::memset(data, 0, sizeof data);
+  if (bytes > 0) std::memcpy(data, from, static_cast<size_t>(bytes));
+}
+
+void land(const Copy& copy) {
+  uint8_t now[16];
+  read_source(now, copy.from, copy.bytes);
+  if (std::memcmp(now, copy.data, sizeof now) != 0) {
+    fail_here("the source of a cp.async changed while it was in flight", copy.at);
+  }
+  std::memcpy(copy.to, copy.data, sizeof copy.data);
+}
+
+}  // namespace
+
+bool is_shared(const void* pointer, int64_t bytes) {
+  const int64_t offset = static_cast<const uint8_t*>(pointer) - current->shared;
+  return offset >= 0 && offset + bytes <= current->shared_bytes;
+}
+
+// Hardware copies at any moment between the issue and the wait. So the 16 bytes hold poison in between, which shows both a
+// reader that did not wait and one that has not finished with what the stage held before; and the source is read at both
+// ends (at the issue, so that a sanitizer names the faulty line) and must not have changed.
+void copy_16(void* to, const void* from, int bytes, Site at) {
+  Thread& thread = this_thread();
+  check_aligned(to, "the destination of a cp.async", at);
+  check_aligned(from, "the source of a cp.async", at);
+  if (bytes < 0 || bytes > 16) fail_here(concat("a cp.async of ", bytes, " bytes"), at);
+  if (!is_shared(to, 16)) {
+    fail_here(concat("a cp.async to byte ", static_cast<uint8_t*>(to) - thread.shared, " of the ",
+                     thread.shared_bytes, " bytes of shared memory"),
+              at);
+  }
+  Copy copy{static_cast<uint8_t*>(to),
+            static_cast<const uint8_t*>(from),
+            bytes,
+            {},
+            thread.open_group,
+            at};
+  read_source(copy.data, from, bytes);
+  std::memset(to, thread.block->settings.poison, 16);
+  thread.copies.push_back(copy);
+}
+
+void copy_wait(int pending) {
+  Thread& thread = this_thread();
+  size_t landed = 0;
+  while (landed < thread.copies.size() &&
+         thread.copies[landed].group < thread.open_group - pending) {
+    land(thread.copies[landed++]);
+  }
+  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<int64_t>(landed));
+}
+
+}  // namespace lowbit::emulator
+
+namespace lowbit::cuda::ptx {
+
+using namespace emulator;
+
+uint32_t shared_address(const void* pointer) {
+  if (!is_shared(pointer, 0))
+    fail_here("shared_address of a pointer to other memory", {nullptr, 0});
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - current->shared);
+}
+
+void cp_async_16_once(void* to, const void* from, uint64_t policy, Site at) {
+  if (policy != kEvictFirst) fail_here("a cp.async with a policy that nobody made", at);
+  copy_16(to, from, 16, at);
+}
+
+void cp_async_commit() { ++this_thread().open_group; }
+
+uint4 load_once(const uint4* from, Site at) {
+  check_aligned(from, "the address of a 16-byte load", at);
+  if (is_shared(from, 16)) fail_here("a global load from shared memory", at);
+  return *from;
+}
+
+void fence_device() {
+  Thread& thread = this_thread();
+  ++thread.fences;
+  thread.fenced_at = thread.block->barriers + 1;
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+// A counter tells other blocks that this one's results are written. They are visible before it only when a fence stands
+// between: this thread's, behind the last barrier; or one of every thread, before it. The CPU that runs this would not
+// show the difference, hence the check.
+uint32_t atomic_increment(uint32_t* counter, Site at) {
+  Thread& thread = this_thread();
+  Block& block = *thread.block;
+  bool every = true;
+  for (const Thread& other : block.threads) every = every && other.fences > 0;
+  if (!every && thread.fenced_at != block.barriers + 1) {
+    fail_here("an atomic_increment with no fence_device between it and the block's writes", at);
+  }
+  for (Thread& other : block.threads) other.fences = 0;
+  return __atomic_fetch_add(counter, 1u, __ATOMIC_SEQ_CST);
+}
+
+}  // namespace lowbit::cuda::ptx
