@@ -46,8 +46,8 @@ struct OutParams {
 };
 
 // How the work of a GEMM is cut: output tiles x steps of K, laid out tile by tile, and every block takes one contiguous
-// range of `steps` (the last ones fewer). A tile that several blocks share is summed in the order of K by whichever of
-// them finishes last; the order of addition never depends on who that is.
+// range of steps, equal but for one step (schedule.h). A tile that several blocks share is summed in the order of K by
+// whichever of them finishes last; the order of addition never depends on who that is.
 //
 //   tiles     0            1            2            3
 //   steps     |............|............|............|............|
@@ -56,7 +56,7 @@ struct OutParams {
 struct Schedule {
   int32_t tiles_n, tiles_m;   // output tiles; tile = tile_m * tiles_n + tile_n
   int32_t steps_per_tile;     // along K
-  int32_t blocks;             // of the grid
+  int32_t blocks;             // of the grid; at most `total`
   int64_t total;              // tiles_n * tiles_m * steps_per_tile
   uint32_t* counters;         // [tiles], zero before and after; null when no tile is shared
   float* partials;            // [2 * blocks][tile rows * tile columns]; null when no tile is shared

@@ -1,0 +1,100 @@
+// A block's side of a Schedule (params.h): which pieces of which tiles are its own, and how a tile that several blocks
+// work on becomes one sum.
+//
+// Every block of a kernel maps the elements of a tile to its threads in the same way, so a partial sum is stored and
+// loaded by thread: value j of thread i at [j][i], one coalesced access per warp. Nobody waits for anybody: whichever
+// block brings the last piece adds all of them up, its own from memory as well, in the order of K. The bits therefore do
+// not depend on who that is.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/schedule.h"
+
+namespace lowbit::cuda {
+
+// Steps [first, last) of a tile.
+struct Segment {
+  int32_t tile_n, tile_m;
+  int32_t first, last;
+  int64_t tile;
+  bool whole;  // all of the tile's steps
+};
+
+// Walks over the segments of one block.
+class Share {
+ public:
+  __device__ Share(const Schedule& s, int64_t block)
+      : s_(s), step_(range_begin(s, block)), end_(range_begin(s, block + 1)) {}
+
+  // False when the block's range is done.
+  __device__ bool next(Segment& segment) {
+    if (step_ >= end_) return false;
+    const int64_t tile = step_ / s_.steps_per_tile;
+    const int64_t begin = tile * s_.steps_per_tile;
+    const int64_t last = end_ - begin < s_.steps_per_tile ? end_ - begin : s_.steps_per_tile;
+    segment.tile = tile;
+    segment.tile_m = static_cast<int32_t>(tile / s_.tiles_n);
+    segment.tile_n = static_cast<int32_t>(tile % s_.tiles_n);
+    segment.first = static_cast<int32_t>(step_ - begin);
+    segment.last = static_cast<int32_t>(last);
+    segment.whole = segment.first == 0 && segment.last == s_.steps_per_tile;
+    step_ = begin + last;
+    return true;
+  }
+
+ private:
+  const Schedule& s_;
+  int64_t step_, end_;
+};
+
+// Where block b keeps its part of the tile that begins at step `begin`. A range cuts at most two tiles: the one in whose
+// middle it begins, and the one in whose middle it ends.
+__device__ inline float* partial_slot(const Schedule& s, int64_t block, int64_t begin,
+                                      int values) {
+  const int64_t slot = 2 * block + (range_begin(s, block) <= begin ? 1 : 0);
+  return s.partials + slot * values;
+}
+
+// Turns a block's part of a shared tile, kCount values in each of kThreads threads, into the tile's sum. True in all
+// threads of the one block that then holds it; the other blocks are done with the tile. All threads of the block call it,
+// with one word of shared memory that nothing else uses meanwhile.
+template <int kThreads, int kCount>
+__device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t block,
+                             float (&values)[kCount], uint32_t* elected) {
+  constexpr int tile_values = kThreads * kCount;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t begin = segment.tile * s.steps_per_tile;
+  const int64_t first = block_of_step(s, begin);
+  const int64_t last = block_of_step(s, begin + s.steps_per_tile - 1);
+
+  float* own = partial_slot(s, block, begin, tile_values) + thread;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) own[j * kThreads] = values[j];
+
+  ptx::fence_device();  // the stores above come before the count below, for whoever sees the count
+  ptx::sync_block();
+  if (thread == 0) {
+    const uint32_t before = ptx::atomic_increment(s.counters + segment.tile);
+    *elected = before == static_cast<uint32_t>(last - first) ? 1u : 0u;
+    if (*elected) s.counters[segment.tile] = 0;  // as it was found
+  }
+  ptx::sync_block();
+  const bool mine = *elected != 0;
+  ptx::sync_block();  // the word may be used again
+  if (!mine) return false;
+  ptx::fence_device();
+
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) values[j] = 0.0f;
+  for (int64_t b = first; b <= last; ++b) {
+    const float* part = partial_slot(s, b, begin, tile_values) + thread;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) values[j] += part[j * kThreads];
+  }
+  return true;
+}
+
+}  // namespace lowbit::cuda
