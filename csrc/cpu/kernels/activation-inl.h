@@ -1,5 +1,5 @@
 // quantize_activation: one row of fp32 -> int8 or fp8 codes with a scale per token or per group of K.
-// Included after round-inl.h and quantize-inl.h (range_of).
+// Included after quantize/rules-inl.h and quantize-inl.h (range_of).
 
 inline float bounded(float value) { return clamp(value, -65536.0f, 65536.0f); }
 

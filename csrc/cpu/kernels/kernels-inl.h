@@ -9,9 +9,13 @@
 #include "cpu/kernels/gemm_panel-inl.h"
 #include "cpu/kernels/grad_input-inl.h"
 #include "cpu/kernels/rows-inl.h"
-#include "cpu/kernels/round-inl.h"
+#define LOWBIT_HD
+#define LOWBIT_UNROLL _Pragma("GCC unroll 16")
+#include "quantize/rules-inl.h"
 #include "cpu/kernels/quantize-inl.h"
 #include "cpu/kernels/activation-inl.h"
+#undef LOWBIT_HD
+#undef LOWBIT_UNROLL
 // clang-format on
 
 #if defined(LOWBIT_NO_STREAM)

@@ -1,0 +1,343 @@
+// The quantizer's rules, element by element: the one source of its bits on every device.
+//
+// Round-to-nearest, in fp32 with IEEE division, ties to even (rne), R = rounding to the scales' dtype, top = 2^bits - 1;
+// scales and zeros are what is stored, and codes are computed against them:
+//
+//   no zeros      s = R(amax / (2^(bits-1) - 0.5))                       q = clamp(rne(x / s) + 2^(bits-1), 0, top)
+//   int zeros     s = R((hi - lo) / top)    z = clamp(rne(-lo / s))      q = clamp(rne(x / s) + z, 0, top)
+//   float zeros   the same s                z = R(-lo / s)               q = clamp(rne(x / s + z), 0, top)
+//                 (with zeros, lo = min(x, 0) and hi = max(x, 0))
+//   offset        s = R((max - min) / top)  o = R(min)                   q = clamp(rne((x - o) / s), 0, top)
+//   code book     s = R(amax / largest)     t = x / s, clamped           fp8, fp4: rne in the format; nf4: midpoints below t
+//
+// A group without extent has s = 1; an s that would round to 0 becomes the dtype's smallest number; a group with a NaN
+// has a NaN scale.
+//
+// The search starts from that, tries a grid of smaller and larger ranges (with a negative scale where a symmetric integer
+// group has its extreme on the positive side), then refits scale (and offset) by least squares to the codes found, and
+// keeps a candidate only if its squared error is smaller: never worse than round-to-nearest on any group. The error is
+// summed in fp64 over 16 fixed lanes, so that the choice is the same on every ISA and device.
+//
+// Scalar functions of IEEE operations in a fixed order: ties to even, correctly rounded division, no contraction
+// (-ffp-contract=off, nvcc -fmad=false), no table, no library call. Loops over a group and sums over it belong to whoever
+// includes this: vectors on the CPU (cpu/kernels/quantize-inl.h), lanes of a warp on a GPU (cuda/kernels/quantize.cu).
+//
+// Included inside a namespace of its own, so that code for one ISA never reaches another. The includer defines LOWBIT_HD
+// (what a function needs to run on the device; nothing on the CPU) and LOWBIT_UNROLL (before a loop of constant length).
+
+LOWBIT_HD inline float bits_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+LOWBIT_HD inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+LOWBIT_HD inline bool is_nan(float value) { return (float_bits(value) & 0x7fffffffu) > 0x7f800000u; }
+
+// Round to an integer, ties to even, for |value| < 2^22. A NaN comes out as `low` of the caller's clamp.
+LOWBIT_HD inline float round_even(float value) { return (value + 12582912.0f) - 12582912.0f; }
+
+LOWBIT_HD inline float clamp(float value, float low, float high) {
+  value = value > low ? value : low;  // also for a NaN
+  return value < high ? value : high;
+}
+
+// ---- storage of scales, zeros, offsets ---------------------------------------------------------------------------------
+
+LOWBIT_HD inline uint32_t half_bits_of(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 2^16 or more
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14. Adding 0.5 rounds to a multiple of 2^-24, the spacing of fp16's subnormals.
+    return sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u);
+  }
+  const uint32_t rebiased = magnitude - 0x38000000u;
+  return sign | ((rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13);
+}
+
+LOWBIT_HD inline float half_value_of(uint32_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= 0x400u) return bits_float(sign | ((magnitude << 13) + 0x38000000u));
+  // Exact, and never subnormal in fp32.
+  return bits_float(float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f) |
+                    sign);
+}
+
+LOWBIT_HD inline uint32_t bfloat_bits_of(float value) {
+  const uint32_t bits = float_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// What a reader of the stored number will see.
+LOWBIT_HD inline float rounded(float value, ScaleDtype dtype) {
+  if (dtype == ScaleDtype::kFloat16) return half_value_of(half_bits_of(value));
+  if (dtype == ScaleDtype::kBFloat16) return bits_float(bfloat_bits_of(value) << 16);
+  return value;
+}
+
+LOWBIT_HD inline void store_rounded(float value, ScaleDtype dtype, uint8_t* to) {
+  if (dtype == ScaleDtype::kFloat32) {
+    __builtin_memcpy(to, &value, 4);
+    return;
+  }
+  const uint16_t bits = static_cast<uint16_t>(
+      dtype == ScaleDtype::kFloat16 ? half_bits_of(value) : bfloat_bits_of(value));
+  __builtin_memcpy(to, &bits, 2);
+}
+
+// The smallest positive number of a dtype: what a scale becomes that would otherwise round to zero.
+LOWBIT_HD inline float smallest(ScaleDtype dtype) {
+  return dtype == ScaleDtype::kFloat32   ? bits_float(1)
+         : dtype == ScaleDtype::kFloat16 ? 0x1p-24f
+                                         : bits_float(0x10000u);
+}
+
+// A usable scale: 1 for a group of zeros, never 0 for one that is not.
+LOWBIT_HD inline float rounded_scale(float scale, ScaleDtype dtype) {
+  if (scale == 0.0f) return 1.0f;
+  const float result = rounded(scale, dtype);
+  return result == 0.0f ? smallest(dtype) : result;
+}
+
+// ---- codes -------------------------------------------------------------------------------------------------------------
+
+// A float with few bits: sign, exponent (IEEE bias), mantissa. |value| is at most the largest finite one.
+template <int kExponentBits, int kMantissaBits>
+struct SmallFloat {
+  static constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
+  static constexpr int kDrop = 23 - kMantissaBits;
+  static constexpr uint32_t kSmallestNormal = static_cast<uint32_t>(127 + 1 - kBias) << 23;
+  // Subnormals are multiples of 1 / kInverseSpacing.
+  static constexpr float kInverseSpacing = static_cast<float>(1u << (kBias - 1 + kMantissaBits));
+
+  // fp32 bits of a normal magnitude, rounded to kMantissaBits; the bits dropped are not yet cleared.
+  LOWBIT_HD static uint32_t rounded_bits(uint32_t magnitude) {
+    return magnitude + (1u << (kDrop - 1)) - 1u + ((magnitude >> kDrop) & 1u);
+  }
+
+  LOWBIT_HD static uint8_t encode(float value) {
+    const uint32_t bits = float_bits(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal =
+        (rounded_bits(magnitude) - (static_cast<uint32_t>(127 - kBias) << 23)) >> kDrop;
+    const uint32_t subnormal = static_cast<uint32_t>(
+        static_cast<int32_t>(round_even(bits_float(magnitude) * kInverseSpacing)));
+    const uint32_t code = magnitude < kSmallestNormal ? subnormal : normal;
+    return static_cast<uint8_t>(code | (bits >> 31) << (kExponentBits + kMantissaBits));
+  }
+
+  // What `encode` decodes to, without a table look-up in the inner loop of the scale search.
+  LOWBIT_HD static float nearest(float value) {
+    const uint32_t bits = float_bits(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const float normal = bits_float(rounded_bits(magnitude) >> kDrop << kDrop);
+    const float subnormal = round_even(bits_float(magnitude) * kInverseSpacing) / kInverseSpacing;
+    const float result = magnitude < kSmallestNormal ? subnormal : normal;
+    return bits_float(float_bits(result) | (bits & 0x80000000u));
+  }
+};
+
+struct Affine {
+  float scale;
+  float zero;    // none, int, float
+  float offset;  // offset
+};
+
+// Integers. kKind decides where zero or offset enter and what is rounded.
+template <ZeroKind kKind>
+struct IntEncoder {
+  static constexpr ZeroKind kZeros = kKind;
+  Affine p;
+  float top;  // 2^bits - 1
+
+  LOWBIT_HD float rounded_code(float x) const {
+    const float limit = 65536.0f;  // keeps round_even exact
+    if constexpr (kKind == ZeroKind::kOffset) {
+      return clamp(round_even(clamp((x - p.offset) / p.scale, -limit, limit)), 0.0f, top);
+    } else if constexpr (kKind == ZeroKind::kFloat) {
+      return clamp(round_even(clamp(x / p.scale + p.zero, -limit, limit)), 0.0f, top);
+    } else {
+      return clamp(round_even(clamp(x / p.scale, -limit, limit)) + p.zero, 0.0f, top);
+    }
+  }
+  LOWBIT_HD uint8_t code(float x) const {
+    return static_cast<uint8_t>(static_cast<int>(rounded_code(x)));
+  }
+  // What the scale multiplies, and the weight itself.
+  LOWBIT_HD float level(float x) const {
+    const float q = rounded_code(x);
+    return kKind == ZeroKind::kOffset ? q : q - p.zero;
+  }
+  LOWBIT_HD float value(float x) const {
+    const float scaled = level(x) * p.scale;
+    return kKind == ZeroKind::kOffset ? scaled + p.offset : scaled;
+  }
+};
+
+// Code books that are floats: round to nearest even.
+template <class Float>
+struct FloatEncoder {
+  static constexpr ZeroKind kZeros = ZeroKind::kNone;
+  Affine p;
+  float max;
+
+  LOWBIT_HD float scaled(float x) const { return clamp(x / p.scale, -max, max); }
+  LOWBIT_HD uint8_t code(float x) const { return Float::encode(scaled(x)); }
+  LOWBIT_HD float level(float x) const { return Float::nearest(scaled(x)); }
+  LOWBIT_HD float value(float x) const { return level(x) * p.scale; }
+};
+
+// NF4: the nearest of 16 levels; a tie goes to the lower one.
+struct Nf4Encoder {
+  static constexpr ZeroKind kZeros = ZeroKind::kNone;
+  Affine p;
+  float levels[16], middle[15];
+
+  LOWBIT_HD explicit Nf4Encoder(const float* table) : p{} {
+    for (int i = 0; i < 16; ++i) levels[i] = table[i];
+    for (int i = 0; i < 15; ++i) middle[i] = (table[i] + table[i + 1]) * 0.5f;
+  }
+  LOWBIT_HD uint8_t code(float x) const {
+    const float t = x / p.scale;
+    int index = 0;
+    LOWBIT_UNROLL
+    for (int i = 0; i < 15; ++i) index += t > middle[i];
+    return static_cast<uint8_t>(index);
+  }
+  LOWBIT_HD float level(float x) const {
+    const float t = x / p.scale;
+    float nearest = levels[0];
+    LOWBIT_UNROLL
+    for (int i = 0; i < 15; ++i) {
+      const float above = levels[i + 1];  // loaded in any case, so that the choice is a blend
+      nearest = t > middle[i] ? above : nearest;
+    }
+    return nearest;
+  }
+  LOWBIT_HD float value(float x) const { return level(x) * p.scale; }
+};
+
+// ---- scale and zero of a group -----------------------------------------------------------------------------------------
+
+struct Range {
+  float low, high, magnitude;
+  bool has_nan;
+};
+
+// The parts of a quantizer's job that scale and zero depend on.
+struct CodeGrid {
+  ScaleDtype scale_dtype;
+  int bits;
+  float max;          // FormatInfo::max
+  bool is_code_book;  // otherwise integers
+};
+
+// Scale and zero for a group whose range is taken to be `factor` times its own.
+template <ZeroKind kKind>
+LOWBIT_HD inline Affine affine_of(const CodeGrid& grid, const Range& r, float factor) {
+  const float top = static_cast<float>((1 << grid.bits) - 1);
+  Affine p{1.0f, 0.0f, 0.0f};
+  if constexpr (kKind == ZeroKind::kNone) {
+    p.scale = rounded_scale(r.magnitude * factor / grid.max, grid.scale_dtype);
+    p.zero = static_cast<float>(1 << (grid.bits - 1));
+  } else if constexpr (kKind == ZeroKind::kOffset) {
+    const float middle = (r.low + r.high) * 0.5f;
+    p.scale = rounded_scale((r.high - r.low) * factor / top, grid.scale_dtype);
+    p.offset =
+        rounded(factor == 1.0f ? r.low : middle - (middle - r.low) * factor, grid.scale_dtype);
+  } else {
+    // Zero stays inside the range, so that an exact 0 is never lost and integer zeros fit their codes.
+    const float low = (r.low < 0.0f ? r.low : 0.0f) * factor;
+    const float high = (r.high > 0.0f ? r.high : 0.0f) * factor;
+    p.scale = rounded_scale((high - low) / top, grid.scale_dtype);
+    p.zero = kKind == ZeroKind::kInt
+                 ? clamp(round_even(clamp(-low / p.scale, 0.0f, 65536.0f)), 0.0f, top)
+                 : rounded(-low / p.scale, grid.scale_dtype);
+  }
+  return p;
+}
+
+template <ZeroKind kKind>
+LOWBIT_HD inline Affine round_to_storage(Affine p, ScaleDtype dtype) {
+  p.scale = rounded_scale(p.scale, dtype);
+  if (kKind == ZeroKind::kFloat) p.zero = rounded(p.zero, dtype);
+  if (kKind == ZeroKind::kOffset) p.offset = rounded(p.offset, dtype);
+  return p;
+}
+
+// What is stored for a group with a NaN: a NaN scale (and offset).
+template <ZeroKind kKind>
+LOWBIT_HD inline Affine with_nan(const Affine& p) {
+  const float quiet_nan = bits_float(0x7fc00000u);
+  return {quiet_nan, kKind == ZeroKind::kInt ? 0.0f : p.zero, quiet_nan};
+}
+
+template <ZeroKind kKind>
+LOWBIT_HD inline void store_zero(const Affine& p, ScaleDtype dtype, uint8_t* to) {
+  if constexpr (kKind == ZeroKind::kInt)
+    *to = static_cast<uint8_t>(static_cast<int>(clamp(p.zero, 0.0f, 255.0f)));
+  if constexpr (kKind == ZeroKind::kFloat) store_rounded(p.zero, dtype, to);
+  if constexpr (kKind == ZeroKind::kOffset) store_rounded(p.offset, dtype, to);
+}
+
+// ---- the search --------------------------------------------------------------------------------------------------------
+
+enum : int { kSearchSteps = 64, kSearchRefits = 4 };
+
+// Only a group whose extent and scale are finite is searched.
+LOWBIT_HD inline bool searchable(const Range& r, const Affine& p) {
+  const float infinity = bits_float(0x7f800000u);
+  return !r.has_nan && r.high - r.low < infinity && p.scale < infinity;
+}
+
+// Step i takes this much of the range: 0.40 .. 1.15. Two bits want to clip half of it, symmetric codes gain by reaching a
+// little further. Symmetric integers reach further down (-8) than up (7): a negative scale gives the long side to a
+// positive extreme.
+template <ZeroKind kKind>
+LOWBIT_HD inline float search_factor(const CodeGrid& grid, const Range& r, int step) {
+  const bool reaches_down = kKind == ZeroKind::kNone && !grid.is_code_book;
+  const float sign = reaches_down && r.high > -r.low ? -1.0f : 1.0f;
+  return sign * (0.40f + 0.012f * static_cast<float>(step));
+}
+
+// Neither 0 nor Inf nor NaN.
+LOWBIT_HD inline bool usable_scale(float scale) { return scale != 0.0f && scale - scale == 0.0f; }
+
+LOWBIT_HD inline double error_term(float x, float value) {
+  const double difference = static_cast<double>(x) - static_cast<double>(value);
+  return difference * difference;
+}
+
+// Sums over a group for least squares of x ~ level * scale (+ offset): of weight times 1, level, level^2, x, level * x.
+struct Moments {
+  double w, l, ll, x, lx;
+};
+
+template <ZeroKind kKind>
+LOWBIT_HD inline Affine refit_of(const Moments& s, Affine p) {
+  if constexpr (kKind == ZeroKind::kOffset || kKind == ZeroKind::kFloat) {
+    const double determinant = s.w * s.ll - s.l * s.l;
+    if (determinant > 0) {
+      const double scale = (s.w * s.lx - s.l * s.x) / determinant;
+      const double offset = (s.x - scale * s.l) / s.w;  // of level, i.e. added to (q - zero) * scale
+      const float zero = p.zero;
+      p.scale = static_cast<float>(scale);
+      p.offset = static_cast<float>(offset);
+      if (kKind == ZeroKind::kFloat && scale > 0)
+        p.zero = static_cast<float>(static_cast<double>(zero) - offset / scale);
+    }
+  } else if (s.ll > 0) {
+    p.scale = static_cast<float>(s.lx / s.ll);
+  }
+  return p;
+}
