@@ -194,6 +194,8 @@ constexpr size_t kStackBytes = 256 << 10;  // red zones around every local array
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 
+constexpr size_t kTopStep = 5 * 64;
+
 size_t page_bytes() {
   static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return bytes;
@@ -202,7 +204,10 @@ size_t stride() { return kStackBytes + page_bytes(); }
 
 }  // namespace
 
-size_t Stacks::usable_bytes() { return kStackBytes; }
+// Tops a few cache lines apart: at equal distances, what lanes use of their stacks would fall on each other in the cache.
+size_t Stacks::bytes(int index) const {
+  return kStackBytes - static_cast<size_t>(index) % 64 * kTopStep;
+}
 
 void Stacks::reserve(int count) {
   if (count <= count_) return;

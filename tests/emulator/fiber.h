@@ -34,7 +34,7 @@ class Stacks {
   void reserve(int count);
   int count() const { return count_; }
   void* stack(int index) const;
-  static size_t usable_bytes();
+  size_t bytes(int index) const;
   // After stacks were left in the middle of a call: forgets what a sanitizer knows of their frames.
   void forget_frames();
 

@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdio>
 #include <cstring>
@@ -16,6 +17,8 @@
 #include <vector>
 
 #include "common/check.h"
+#include "cuda/select.h"
+#include "emulator/faults.h"
 #include "emulator/scheduler.h"
 
 namespace lowbit::emulator {
@@ -49,6 +52,7 @@ class Work {
   void run() {
     static thread_local Block block;
     bool prepared = false;
+    watch_faults();
     for (uint32_t linear; take(linear);) {
       if (!prepared) block.prepare(call_, settings_, grid_, threads_, shared_);
       prepared = true;
@@ -155,16 +159,15 @@ Settings& settings() {
   return all;
 }
 
-// Table 30 of the CUDA C++ programming guide, "technical specifications per compute capability": shared memory per SM,
-// of which each block may have all but 1 KB.
 void set_device(int capability, int sm_count) {
   Settings& all = settings();
+  // What no kernel runs on has an A100's memory: there the op boundary refuses.
+  const cuda::DeviceInfo info =
+      cuda::device_model(concat("sm_", std::max(capability, 80), ":", sm_count));
   all.capability = capability;
-  all.sm_count = sm_count;
-  const bool small = capability == 86 || capability == 89 || capability >= 120;
-  const int64_t kilobytes = small ? 100 : capability < 90 ? 164 : 228;
-  all.shared_per_sm = kilobytes * 1024;
-  all.shared_per_block = (kilobytes - 1) * 1024;
+  all.sm_count = info.sm_count;
+  all.shared_per_block = info.shared_per_block;
+  all.shared_per_sm = info.shared_per_sm;
 }
 
 void run_grid(const Call& call, cuda::Grid grid, int threads, int64_t shared) {
@@ -230,6 +233,13 @@ void lowbit_emulator_set_orders(int threads, int blocks, uint64_t seed) {
   settings().threads = static_cast<Order>(threads);
   settings().blocks = static_cast<Order>(blocks);
   settings().seed = seed;
+}
+void lowbit_emulator_set_order(const char* order) {
+  const std::string name = order;
+  const Order both = name == "forward"   ? Order::kForward
+                     : name == "reverse" ? Order::kReverse
+                                         : Order::kRandom;
+  settings().threads = settings().blocks = both;
 }
 void lowbit_emulator_set_workers(int workers) { settings().workers = workers; }
 void lowbit_emulator_set_poison(int byte) { settings().poison = static_cast<uint8_t>(byte); }

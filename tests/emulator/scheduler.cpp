@@ -48,6 +48,11 @@ Thread* next_runnable(Warp& warp) {
   return nullptr;
 }
 
+bool same_place(Site one, Site other) {
+  return one.line == other.line &&
+         (one.file == other.file || std::strcmp(one.file, other.file) == 0);
+}
+
 // ---- what the end of a pass means --------------------------------------------------------------------------------------
 
 std::string describe_wait(const Thread& thread) {
@@ -165,8 +170,8 @@ bool pass_barrier(Block& block) {
                            describe_wait(thread));
       return false;
     }
-    thread.state = State::kRunnable;
   }
+  for (Thread& thread : block.threads) thread.state = State::kRunnable;
   for (Warp& warp : block.warps) {
     warp.at_barrier = 0;
     warp.runnable = true;
@@ -232,8 +237,7 @@ void meet(const Collective& collective, void* operands, Site at) {
   warp.operands[thread.index % kLanes] = operands;
   if (warp.at_collective++ == 0) {
     warp.first = &thread;
-  } else if (warp.first->collective != &collective || warp.first->at.line != at.line ||
-             std::strcmp(warp.first->at.file, at.file) != 0) {
+  } else if (warp.first->collective != &collective || !same_place(warp.first->at, at)) {
     fail_divergent(*warp.first, thread, "collective");
   }
   yield(thread);
@@ -247,8 +251,7 @@ void meet_block(Site at) {
   ++thread.warp->at_barrier;
   if (block.at_barrier == nullptr) {
     block.at_barrier = &thread;
-  } else if (block.at_barrier->at.line != at.line ||
-             std::strcmp(block.at_barrier->at.file, at.file) != 0) {
+  } else if (!same_place(block.at_barrier->at, at)) {
     fail_divergent(*block.at_barrier, thread, "barrier");
   }
   yield(thread);
@@ -287,7 +290,7 @@ void Block::prepare(const Call& to_run, const Settings& with, cuda::Grid grid, i
     warps.assign((count + kLanes - 1) / kLanes, Warp{});
     for (int i = 0; i < thread_count; ++i) {
       Thread& thread = threads[static_cast<size_t>(i)];
-      make_context(thread.context, stacks.stack(i), Stacks::usable_bytes(), thread_main);
+      make_context(thread.context, stacks.stack(i), stacks.bytes(i), thread_main);
       thread.block = this;
       thread.index = i;
       thread.thread_index = {static_cast<uint32_t>(i), 0, 0};

@@ -16,20 +16,23 @@ struct Settings {
   int workers = 1;  // CPU threads that run blocks; with 1 everything is repeatable
   uint8_t poison =
       0xff;  // what shared memory holds before anything is written: NaN in every float format
-  int capability = 80;
-  int sm_count = 4;
-  int64_t shared_per_block = 163 * 1024;
-  int64_t shared_per_sm = 164 * 1024;
+  int capability = 90;
+  int sm_count =
+      4;  // fewer than any device: small problems are then cut as large ones are on a real one
+  int64_t shared_per_block = 227 * 1024;
+  int64_t shared_per_sm = 228 * 1024;
 };
 Settings& settings();
 
-// Sets capability, SMs and the shared memory that such a device has.
+// Sets capability, SMs and the shared memory that such a device has (csrc/cuda/device_model.cpp).
 void set_device(int capability, int sm_count);
 
 }  // namespace lowbit::emulator
 
 #define LOWBIT_EMULATOR_API extern "C" __attribute__((visibility("default")))
 
+// Of threads and blocks alike: "forward", "reverse" or "random".
+LOWBIT_EMULATOR_API void lowbit_emulator_set_order(const char* order);
 LOWBIT_EMULATOR_API void lowbit_emulator_set_orders(int threads, int blocks, uint64_t seed);
 LOWBIT_EMULATOR_API void lowbit_emulator_set_workers(int workers);
 LOWBIT_EMULATOR_API void lowbit_emulator_set_poison(int byte);
