@@ -8,6 +8,10 @@ VENV   ?= .venv
 # A fixed version, because a bare "torch" may fetch gigabytes of CUDA libraries. Anything from 2.11 on will do:
 #   make test TORCH='torch>=2.11,<3'
 TORCH  ?= torch==2.13.0
+# The CUDA library: off; all (every architecture: minutes); native (the GPUs in this machine); a list such as '80;90a'.
+# auto: as lowbit was built last, or native where there are both nvcc and a GPU, else off, so that the commands above
+# stay quick.
+CUDA   ?= auto
 # More arguments for pytest:   make test ARGS='-k gemm -x'
 ARGS   ?=
 
@@ -16,6 +20,13 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.lowbit
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
+ifeq ($(CUDA),auto)
+  override CUDA := $(shell cat $(STAMPS)/package 2>/dev/null)
+  ifeq ($(CUDA),)
+    override CUDA := $(shell nvcc --version >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q ^GPU && echo native || echo off)
+  endif
+endif
+DEFINES := $(if $(filter off,$(CUDA)),-Ccmake.define.LOWBIT_CUDA=OFF,-Ccmake.define.LOWBIT_CUDA=ON '-Ccmake.define.LOWBIT_CUDA_ARCHS=$(CUDA)')
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
@@ -31,7 +42,7 @@ help:
 	@echo "make wheel     dist/: a source distribution, and a wheel built from it"
 	@echo "make clean     removes the environment and everything built"
 	@echo
-	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH='$(TORCH)'  ARGS=(pytest's)"
+	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH='$(TORCH)'  CUDA='$(CUDA)'  ARGS=(pytest's)"
 
 demo: build $(STAMPS)/demo
 	$(BIN)/python examples/demo_minilm.py
@@ -62,7 +73,7 @@ build: $(STAMPS)/package
 wheel: build
 	rm -rf dist
 	$(BIN)/python -c "import scikit_build_core.build as backend; backend.build_sdist('dist')"
-	$(PIP) wheel --no-deps --no-build-isolation -w dist dist/lowbit-*.tar.gz
+	$(PIP) wheel --no-deps --no-build-isolation $(DEFINES) -w dist dist/lowbit-*.tar.gz
 	@ls -l dist
 
 clean:
@@ -92,11 +103,11 @@ $(STAMPS)/tools: $(STAMPS)/torch
 # pip hides a build's output unless it is verbose, and verbose says too much: keep the compiler's lines, and all of
 # it in a log for the day that it fails.
 PROGRESS := ^ *\[[0-9]+/[0-9]+\]|warning:|error:|CMake Error|^ERROR|^Successfully|^Collecting|^Downloading
-$(STAMPS)/package: $(STAMPS)/tools $(SOURCES)
-	@echo "==> 4/4 lowbit"
-	@set -o pipefail; $(PIP) install -v --no-build-isolation -e ".[test]" 2>&1 | tee $(STAMPS)/package.log \
+$(STAMPS)/package: $(STAMPS)/tools $(SOURCES) $(if $(filter-out $(shell cat $(STAMPS)/package 2>/dev/null),$(CUDA)),FORCE)
+	@echo "==> 4/4 lowbit, CUDA=$(CUDA)"
+	@set -o pipefail; $(PIP) install -v --no-build-isolation $(DEFINES) -e ".[test]" 2>&1 | tee $(STAMPS)/package.log \
 	  | grep --line-buffered -E '$(PROGRESS)' || { tail -n 60 $(STAMPS)/package.log; exit 1; }
-	@touch $@
+	@echo "$(CUDA)" > $@
 
 # lowbit itself is there already: these two bring what the extra names.
 $(STAMPS)/dev: $(STAMPS)/package

@@ -10,11 +10,12 @@
 set(LOWBIT_CUDA AUTO CACHE STRING "The CUDA library: AUTO builds it where nvcc works, ON stops where it does not, OFF")
 set_property(CACHE LOWBIT_CUDA PROPERTY STRINGS AUTO ON OFF)
 
-# One item per device code in the library: 90 is machine code for sm_90, 90-ptx is what drivers compile at load time for
-# devices without any of their own. `native` stands for the devices in this machine.
+# A list with one item per device code in the library: 90 is machine code for sm_90, 90-ptx is what drivers compile at load
+# time for devices without any of their own. `native` stands for the devices in this machine, `all` for
 #   80  A100       86  RTX 30, A40       89  RTX 40, L40S       90a  H100, H200, with wgmma       120f  RTX 50, GB10
 #   80-ptx, 90-ptx  everything else from 8.0 and, with fp8 matrix instructions, from 9.0 on: B200, Thor, what comes next
-set(LOWBIT_CUDA_ARCHS "80;86;89;90a;120f;80-ptx;90-ptx" CACHE STRING "Device code in the CUDA library; native: this machine's")
+set(LOWBIT_CUDA_ARCHS all CACHE STRING "Device code in the CUDA library: all, native, or a list such as 80;90a;90-ptx")
+set(LOWBIT_CUDA_ALL_ARCHS 80 86 89 90a 120f 80-ptx 90-ptx)
 
 # The first nvcc that knows sm_120.
 set(LOWBIT_CUDA_MINIMUM 12.8)
@@ -83,7 +84,7 @@ endfunction()
 function(_lowbit_gencode out)
   foreach(arch IN LISTS ARGN)
     if(NOT arch MATCHES "^([0-9]+)([af]?)(-ptx)?$")
-      lowbit_stop("LOWBIT_CUDA_ARCHS: '${arch}' is none of 90, 90a, 120f, 90-ptx, native")
+      lowbit_stop("LOWBIT_CUDA_ARCHS: '${arch}' is neither all, native, nor like 90, 90a, 120f, 90-ptx")
     endif()
     set(pass "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
     set(code "sm_${pass}")
@@ -254,7 +255,9 @@ function(lowbit_find_cuda)
   _lowbit_look_for_cuda()
   if(NOT reason)
     set(archs "${LOWBIT_CUDA_ARCHS}")
-    if(archs STREQUAL "native")
+    if(archs STREQUAL "all")
+      set(archs ${LOWBIT_CUDA_ALL_ARCHS})
+    elseif(archs STREQUAL "native")
       _lowbit_native_archs(archs)
       if(NOT archs)
         set(reason "LOWBIT_CUDA_ARCHS=native, and nvidia-smi names no device")

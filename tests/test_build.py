@@ -24,7 +24,7 @@ OPS = INSTALLED / "liblowbit_ops.so"
 BINDINGS = Path(lowbit._C.__file__)
 TORCH = Path(torch.__file__).parent
 
-# Both libraries, stripped, and the wheel that holds them. Kernels are instantiated per ISA: the budget is what
+# Both libraries, stripped, and the wheel that holds them (test_cuda_library.py has the CUDA library). Kernels are instantiated per ISA: the budget is what
 # notices a template that got out of hand.
 LIBRARIES_BUDGET = 8 << 20
 WHEEL_BUDGET = 3 << 20
@@ -101,7 +101,7 @@ class TestBoth:
 
 
 def test_libraries_fit_the_size_budget():
-    libraries = [path for path in INSTALLED.iterdir() if path.suffix in (".so", ".dylib")]
+    libraries = [path for path in INSTALLED.iterdir() if path.suffix in (".so", ".dylib") and "cuda" not in path.name]
     sizes = {path.name: path.stat().st_size for path in libraries}
     assert sum(sizes.values()) <= LIBRARIES_BUDGET, sizes
 
@@ -202,7 +202,7 @@ class TestPlanted:
 
 def configure(tmp_path, *defines, python=sys.executable, **environment):
     """Runs CMake's configure step alone; returns its exit status and everything it said."""
-    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", "-DLOWBIT_CUDA=OFF"]
     command += [f"-DPython_EXECUTABLE={python}", *defines]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -249,20 +249,104 @@ def test_build_without_a_compiler_says_what_to_install(tmp_path):
     assert f"torch {torch.__version__.partition('+')[0]}, Python" in output
 
 
+# ---- the CUDA library: built where nvcc works, and no reason to fail where it does not ---------------------------------
+
+
+def fake_nvcc(folder, release):
+    """Knows its release and where its libraries would be; every compilation fails."""
+    (folder / "lib").mkdir()
+    (folder / "lib" / "libcudart_static.a").touch()
+    nvcc = folder / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        f"  --version) echo 'Cuda compilation tools, release {release}, V{release}.1' ;;\n"
+        f"""  --dryrun*) echo '#$ LIBRARIES="-L{folder}/lib"' >&2 ;;\n"""
+        "  *) echo '/opt/include/crt/host_config.h:137:2: error: #error -- unsupported GNU version!' >&2; exit 1 ;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+NO_NVCC = "nvcc --version did not name a release when lowbit was built"
+
+
+def test_build_goes_on_without_cuda_and_says_why(tmp_path):
+    status, output = configure(tmp_path, "-DLOWBIT_CUDA=AUTO", CUDACXX=str(tmp_path / "absent"))
+    assert status == 0, output
+    assert f"-- without CUDA: {NO_NVCC}\n" in output
+
+
+def test_build_with_cuda_on_stops_without_nvcc(tmp_path):
+    status, output = configure(tmp_path, "-DLOWBIT_CUDA=ON", CUDACXX=str(tmp_path / "absent"))
+    assert status != 0
+    assert f"LOWBIT_CUDA=ON, but {NO_NVCC}\n" in output
+
+
+def test_build_names_an_old_nvcc(tmp_path):
+    nvcc = fake_nvcc(tmp_path, "12.4")
+    status, output = configure(tmp_path, "-DLOWBIT_CUDA=AUTO", CUDACXX=str(nvcc))
+    assert status == 0, output
+    assert "-- without CUDA: the nvcc found is CUDA 12.4, and lowbit needs 12.8 or later\n" in output
+
+
+def test_build_quotes_an_nvcc_that_fails(tmp_path):
+    """Without the folders of the machine: the text becomes part of the library."""
+    nvcc = fake_nvcc(tmp_path, "13.0")
+    defines = ["-DLOWBIT_CUDA=AUTO", "-DCMAKE_CUDA_HOST_COMPILER=/opt/gcc/bin/g++"]
+    status, output = configure(tmp_path, *defines, CUDACXX=str(nvcc))
+    assert status == 0, output
+    assert "-- without CUDA: nvcc 13.0 with g++ failed on a test file: unsupported GNU version!\n" in output
+
+
+@pytest.mark.parametrize(
+    ("release", "archs", "flags"),
+    [
+        ("13.0", "all", "80=sm_80,sm_86,compute_80 89=sm_89 90a=sm_90a 120f=sm_120f 90=compute_90"),
+        ("12.8", "120f;90a", "120=sm_120 90a=sm_90a"),  # families of architectures came with 12.9
+        ("13.0", "86", "86=sm_86"),
+    ],
+)
+def test_build_turns_architectures_into_flags(tmp_path, release, archs, flags):
+    configure(tmp_path, "-DLOWBIT_CUDA=AUTO", f"-DLOWBIT_CUDA_ARCHS={archs}", CUDACXX=str(fake_nvcc(tmp_path, release)))
+    options = (tmp_path / "build" / "lowbit_cuda_probe" / "options").read_text().splitlines()
+    expected = [flag.split("=") for flag in flags.split()]
+    found = [line for line in options if line.startswith("-gencode")]
+    assert found == [f"-gencode=arch=compute_{arch},code=[{code}]" for arch, code in expected]
+
+
+@pytest.mark.parametrize("archs", ["sm_90", "90;banana"])
+def test_build_names_a_wrong_architecture(tmp_path, archs):
+    nvcc = fake_nvcc(tmp_path, "13.0")
+    status, output = configure(tmp_path, "-DLOWBIT_CUDA=AUTO", f"-DLOWBIT_CUDA_ARCHS={archs}", CUDACXX=str(nvcc))
+    assert status != 0
+    assert f"LOWBIT_CUDA_ARCHS: '{archs.split(';')[-1]}' is neither all, native, nor like 90, 90a" in output
+
+
 # ---- from the source distribution to an installed wheel --------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # it compiles everything
 def test_sdist_builds_a_wheel_that_works(tmp_path):
-    """Without a network, and without what only the checkout has."""
+    """Without a network, and without what only the checkout has. The CUDA library, minutes more, is left out."""
     hook = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", hook, str(tmp_path)], cwd=ROOT, check=True)
     (sdist,) = tmp_path.glob("lowbit-*.tar.gz")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-index", "--no-deps"]
     subprocess.run(
-        [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), str(sdist)],
+        [
+            *pip,
+            "wheel",
+            *offline,
+            "--no-build-isolation",
+            "-Ccmake.define.LOWBIT_CUDA=OFF",
+            "-w",
+            str(tmp_path),
+            str(sdist),
+        ],
         check=True,
     )
     (wheel,) = tmp_path.glob("lowbit-*.whl")
@@ -271,7 +355,7 @@ def test_sdist_builds_a_wheel_that_works(tmp_path):
     assert "lowbit/py.typed" in names
     assert "lowbit/_C.pyi" in names
     assert {"lowbit/cmake/lowbitConfig.cmake", "lowbit/cmake/lowbitConfigVersion.cmake"} <= set(names)
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o", ".cu", ".cuh"))]
 
     target = tmp_path / "site"
     subprocess.run([*pip, "install", *offline, "--target", str(target), str(wheel)], check=True)

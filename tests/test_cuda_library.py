@@ -1,0 +1,212 @@
+"""The built CUDA library, on a machine that need not have a GPU: what it holds, links, exports, and that it loads.
+
+`make build CUDA=all` builds what these tests look at, nvcc being there; without it they skip. LOWBIT_TEST_CUDA=1, which
+.ci/run sets, makes that a failure instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import build_audit as audit
+import cuda_audit
+import lowbit
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = Path(lowbit._C.__file__).parent
+CUDA = INSTALLED / "liblowbit_cuda.so"
+TORCH = Path(torch.__file__).parent
+ALL_ARCHS = ["80", "86", "89", "90a", "120f", "80-ptx", "90-ptx"]
+WHEEL_BUDGET = 60 << 20
+
+# The C interface of CUDA builds of libtorch, of which a CPU build has nothing.
+TORCH_CUDA_C = re.compile(r"aoti_torch_\w*cuda\w*")
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="CUDA libraries are built on Linux")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if not CUDA.exists():
+        text = f"lowbit was built without its CUDA library ({lowbit._C.build_info()['cuda_absent']}); see make build CUDA=all"
+        if os.environ.get("LOWBIT_TEST_CUDA") == "1":
+            pytest.fail(text)
+        pytest.skip(text)
+    return CUDA
+
+
+@pytest.fixture(scope="module")
+def archs(library) -> list[str]:
+    return lowbit._C.build_info()["cuda_archs"].split()
+
+
+# ---- what it links and exports ---------------------------------------------------------------------------------------
+
+
+class TestLibrary:
+    def test_loads_torch_and_its_own_and_no_cuda_runtime(self, library):
+        required = ["libtorch_cpu.so", "libtorch.so", "liblowbit_ops.so"]
+        assert audit.needed_libraries(audit.Library(library), required, ["librt.so.1"]) == []
+
+    def test_exports_nothing(self, library):
+        assert audit.exported_symbols(audit.Library(library), re.compile(r"$^")) == []
+
+    def test_has_no_torch_cpp_and_no_python_symbols(self, library):
+        read = audit.Library(library)
+        assert audit.torch_cpp_symbols(read) == []
+        assert audit.python_symbols(read) == []
+
+    def test_needs_the_stable_c_interface_and_lowbit_only(self, library):
+        read = audit.Library(library)
+        assert audit.foreign_symbols(read, [audit.STABLE_C, audit.LOWBIT_CPP]) == []
+
+    def test_finds_in_the_ops_library_what_it_needs_of_lowbit(self, library):
+        exported = set(audit.Library(INSTALLED / "liblowbit_ops.so").exported)
+        needed = [name for name in audit.Library(library).undefined if audit.LOWBIT_CPP.match(name)]
+        assert [name for name in needed if name not in exported] == []
+
+    def test_runpath_is_the_own_folder(self, library):
+        assert audit.runpath(audit.Library(library)) == []
+
+    def test_names_no_path_of_the_build_machine(self, library):
+        folders = [ROOT, TORCH, Path.home(), Path(sysconfig.get_path("include"))]
+        assert audit.build_paths(library, folders) == []
+
+
+# ---- its device code -------------------------------------------------------------------------------------------------
+
+
+class TestDeviceCode:
+    def test_every_kernel_file_has_code_for_every_architecture(self, library, archs):
+        assert cuda_audit.missing_code(library, archs) == []
+        if os.environ.get("LOWBIT_TEST_CUDA") == "1":
+            assert archs == ALL_ARCHS
+
+    def test_fits_the_wheel(self, library):
+        """A wheel is a zip file: what the libraries take in it."""
+        sizes = {path.name: len(zlib.compress(path.read_bytes(), 6)) for path in INSTALLED.glob("*.so")}
+        assert sum(sizes.values()) <= WHEEL_BUDGET, sizes
+
+    def test_hot_kernels_keep_everything_in_registers(self, library, archs):
+        """Reads what the assembler said in the last editable build."""
+        sources = {path.stem for path in ROOT.glob("csrc/cuda/**/*.cu")}  # a log outlives its source
+        logs = [path for path in ROOT.glob("build/editable-*/lowbit_cuda/*.o.log") if path.name[:-6] in sources]
+        if not logs:
+            pytest.skip("lowbit was not built in this checkout, so there are no logs to read")
+        kernels = [kernel for log in logs for kernel in cuda_audit.resources(log.read_text())]
+        assert {kernel.arch for kernel in kernels} == {arch for arch in archs if not arch.endswith("-ptx")}
+        assert any(cuda_audit.HOT.search(kernel.kernel) for kernel in kernels)
+        assert cuda_audit.spills(kernels) == []
+
+
+# ---- it loads and registers ------------------------------------------------------------------------------------------
+
+LOAD = """
+import ctypes, sys, torch, lowbit
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[2])
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowbit::")]
+for name in names:
+    on = [key for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
+    print(name, *on)
+"""
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    assert found, "these tests compile small libraries: set CXX to a C++ compiler"
+    return found
+
+
+@pytest.fixture(scope="module")
+def stub(library, tmp_path_factory) -> Path:
+    """A library that has, by name alone, what this build of libtorch lacks of the interface to CUDA."""
+    names = [name for name in audit.Library(library).undefined if TORCH_CUDA_C.fullmatch(name)]
+    assert names, "it asks torch for no stream, so kernels would run on the wrong one"
+    folder = tmp_path_factory.mktemp("stub")
+    text = "\n".join(f'extern "C" int {name}() {{ return 1; }}' for name in names)
+    (folder / "stub.cpp").write_text(text + "\n")
+    command = [compiler(), "-shared", "-fPIC", str(folder / "stub.cpp"), "-o", str(folder / "libstub.so")]
+    subprocess.run(command, check=True)
+    return folder / "libstub.so"
+
+
+def test_registers_every_op_that_has_a_cpu_kernel(library, stub):
+    """In a process of its own: a registration cannot be taken back."""
+    command = [sys.executable, "-c", LOAD, str(stub), str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    keys = {name: set(on) for name, *on in (line.split() for line in done.stdout.splitlines())}
+    assert keys
+    assert [name for name, on in keys.items() if on not in ({"CPU", "CUDA"}, set())] == []
+    assert keys["lowbit::gemm"] == {"CPU", "CUDA"}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
+def test_import_does_not_load_it_under_a_cpu_build_of_torch(library):
+    code = "import lowbit; print('lowbit_cuda' in open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+# ---- each audit finds what was planted -------------------------------------------------------------------------------
+
+LOG = """\
+ptxas info    : Compiling entry function '_ZN6lowbit4cuda13stream_kernelILi4EEEvPKfPf' for 'sm_80'
+ptxas info    : Function properties for _ZN6lowbit4cuda13stream_kernelILi4EEEvPKfPf
+    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 368 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN6lowbit4cuda14general_kernelEv' for 'sm_90a'
+ptxas info    : Function properties for _ZN6lowbit4cuda14general_kernelEv
+    64 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers
+"""
+
+
+class TestPlanted:
+    @pytest.mark.parametrize("planted", [(8, 0, 0), (0, 4, 0), (0, 0, 4)])
+    def test_spill(self, planted):
+        log = LOG.format(stack=planted[0], stores=planted[1], loads=planted[2])
+        kernels = cuda_audit.resources(log)
+        assert [(k.arch, k.registers, k.stack) for k in kernels] == [("80", 168, planted[0]), ("90a", 255, 64)]
+        (found,) = cuda_audit.spills(kernels)
+        assert "stream_kernel" in found and "sm_80" in found
+
+    def test_no_spill(self):
+        assert cuda_audit.spills(cuda_audit.resources(LOG.format(stack=0, stores=0, loads=0))) == []
+
+    def test_frame_of_a_function_that_was_not_inlined(self):
+        log = LOG.format(stack=0, stores=0, loads=0).replace(
+            "ptxas info    : Compiling entry function '_ZN6lowbit4cuda14general",
+            "ptxas info    : Function properties for _ZN6lowbit4helperEv\n"
+            "    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+            "ptxas info    : Compiling entry function '_ZN6lowbit4cuda14general",
+        )
+        assert len(cuda_audit.spills(cuda_audit.resources(log))) == 1
+
+    def test_missing_architecture(self, tmp_path):
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            if os.environ.get("LOWBIT_TEST_CUDA") == "1":
+                pytest.fail("nvcc is not in PATH")
+            pytest.skip("nvcc is not in PATH")
+        (tmp_path / "one.cu").write_text("__global__ void one(int* x) { *x = 1; }\n")
+        flags = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=[sm_90a]"]
+        target = tmp_path / "libone.so"
+        command = [nvcc, *flags, "-shared", "-Xcompiler=-fPIC", str(tmp_path / "one.cu"), "-o", str(target)]
+        subprocess.run([*command, "-ccbin", compiler(), "-cudart=none"], check=True)
+        assert cuda_audit.missing_code(target, ["80", "90a", "80-ptx"]) == []
+        assert cuda_audit.missing_code(target, ["80", "90a", "120f"]) == [
+            "120f: 0 files of 1 have code for it",
+            "80-ptx: not asked for",
+        ]
