@@ -43,7 +43,7 @@ SHAPES = (
     (130, 257),
     (144, 384),
 )
-#: Large enough for every op to be split over threads, also at M = 1 (csrc/cpu/tensor.h: kGrainWork), and ragged.
+#: Large enough for every op to be split over threads, also at M = 1 (csrc/cpu/scratch.h: kGrainWork), and ragged.
 LARGE = (1030, 520)
 #: Rows of x on every side of what kernels count in.
 FEW_ROWS = tuple(range(18))

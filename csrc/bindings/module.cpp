@@ -4,11 +4,11 @@
 #include <pybind11/stl.h>
 
 #include "common/desc.h"
+#include "common/explain.h"
 #include "common/introspect.h"
+#include "common/strict.h"
 #include "cpu/isa.h"
-#include "cpu/kernel_table.h"
-#include "cpu/strict.h"
-#include "cpu/workspace.h"
+#include "cuda/select.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -70,7 +70,7 @@ py::dict canonical_shapes(int64_t N, int64_t K, int64_t desc) {
 py::list kernel_table() {
   py::list rows;
   for (const lowbit::KernelInfo& row : lowbit::list_kernels()) {
-    rows.append(py::dict("backend"_a = "cpu", "op"_a = row.op, "name"_a = row.name,
+    rows.append(py::dict("backend"_a = row.backend, "op"_a = row.op, "name"_a = row.name,
                          "isa"_a = row.isa, "general"_a = row.general, "takes"_a = row.takes));
   }
   return rows;
@@ -120,7 +120,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_size", &lowbit::packed_size, "N"_a, "K"_a, "desc"_a,
         "Bytes of a weight in desc's kernel layout.");
   m.def("workspace_size", &lowbit::workspace_size, "op"_a, "M"_a, "N"_a, "K"_a, "desc"_a,
-        "Bytes of workspace for an out variant.");
+        "device"_a = "", "Bytes of workspace for an out variant.");
   m.def("preferred_layout", &lowbit::preferred_layout, "device_type"_a, "desc"_a,
         "The kernel layout of a device, as the int in desc.");
   m.def("cpu_features", &cpu_features, "What this CPU offers.");
@@ -132,8 +132,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_strict", &lowbit::set_strict, "on"_a, "Set what LOWBIT_STRICT sets.");
   m.def("build_info", &build_info, "Version, compiler, flags, ABI target.");
   m.def("kernel_table", &kernel_table,
-        "One row per CPU kernel and instruction set of this machine.");
+        "One row per kernel and instruction set of this machine, and per CUDA kernel.");
   m.def("explain", &explain, "op"_a, "device"_a, "M"_a, "N"_a, "K"_a, "desc"_a, "dtype"_a,
         "flags"_a,
         "Kernels in order of preference, each with why it was refused; '' for the one that runs.");
+  m.def("describe_config", &lowbit::describe_config, "op"_a, "device"_a, "M"_a, "N"_a, "K"_a,
+        "desc"_a, "dtype"_a, "flags"_a,
+        "How the chosen kernel cuts the problem into tiles, steps and blocks; '' on the CPU.");
+  m.def("force_kernel", &lowbit::cuda::force_kernel, "name"_a,
+        "Run this CUDA kernel wherever it can, until called with ''. For tests and sweeps.");
+  m.def("forced_kernel", &lowbit::cuda::forced_kernel, "What force_kernel or LOWBIT_KERNEL said.");
 }

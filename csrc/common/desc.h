@@ -28,10 +28,10 @@ struct Desc {
 LOWBIT_API int64_t encode_desc(const Desc& desc);
 LOWBIT_API Desc decode_desc(int64_t desc);
 
-const char* name_of(ZeroKind kind);
-const char* name_of(ScaleDtype dtype);
-const char* name_of(Scaling scaling);
-const char* name_of(Layout layout);
-std::string to_string(const Desc& desc);
+LOWBIT_API const char* name_of(ZeroKind kind);
+LOWBIT_API const char* name_of(ScaleDtype dtype);
+LOWBIT_API const char* name_of(Scaling scaling);
+LOWBIT_API const char* name_of(Layout layout);
+LOWBIT_API std::string to_string(const Desc& desc);
 
 }  // namespace lowbit

@@ -3,6 +3,18 @@
 #include "common/desc.h"
 #include "formats/format_table.h"
 #include "packing/cpu_tile16.h"
+#include "packing/cuda_tile64.h"
+
+// What CMake says of the CUDA library beside this one: what built it, or why there is none.
+#ifndef LOWBIT_CUDA_VERSION
+#define LOWBIT_CUDA_VERSION ""
+#endif
+#ifndef LOWBIT_CUDA_ARCHS
+#define LOWBIT_CUDA_ARCHS ""
+#endif
+#ifndef LOWBIT_CUDA_ABSENT_REASON
+#define LOWBIT_CUDA_ABSENT_REASON "this build has no CUDA library"
+#endif
 
 #define LOWBIT_STRINGIFY_(text) #text
 #define LOWBIT_STRINGIFY(text) LOWBIT_STRINGIFY_(text)
@@ -40,7 +52,7 @@ std::vector<std::pair<std::string, EnumValues>> list_enums() {
       {"scale_dtype", named({ScaleDtype::kFloat32, ScaleDtype::kFloat16, ScaleDtype::kBFloat16,
                              ScaleDtype::kE8m0, ScaleDtype::kE4m3})},
       {"scaling", named({Scaling::kGroup, Scaling::kBlock128, Scaling::kTwoLevel, Scaling::kFlat})},
-      {"layout", named({Layout::kCanonical, Layout::kCpuTile16})},
+      {"layout", named({Layout::kCanonical, Layout::kCpuTile16, Layout::kCudaTile64})},
       {"flags", {{"batch_invariant", kBatchInvariant}}},
   };
 }
@@ -55,16 +67,19 @@ CanonicalShapes canonical_shapes(int64_t N, int64_t K, int64_t desc) {
 
 int64_t packed_size(int64_t N, int64_t K, int64_t desc) {
   const Desc d = decode_desc(desc);
-  LOWBIT_CHECK(d.layout == Layout::kCpuTile16, "layout ", name_of(d.layout),
-               " is not a kernel layout; canonical weights are several tensors");
-  return cpu_tile16(N, K, d).total_bytes;
+  if (d.layout == Layout::kCpuTile16) return cpu_tile16(N, K, d).total_bytes;
+  if (d.layout == Layout::kCudaTile64) return cuda_tile64(N, K, d).total_bytes;
+  fail("layout ", name_of(d.layout),
+       " is not a kernel layout; canonical weights are several tensors");
 }
 
 int64_t preferred_layout(const std::string& device_type, int64_t desc) {
   decode_desc(desc);
-  LOWBIT_CHECK(device_type == "cpu", "no kernels for device '", device_type,
-               "' in this build; have: cpu");
-  return static_cast<int64_t>(Layout::kCpuTile16);
+  if (device_type == "cpu") return static_cast<int64_t>(Layout::kCpuTile16);
+  // "sm_90" too: what explain() calls a CUDA device that is not here.
+  if (device_type == "cuda" || device_type.rfind("sm_", 0) == 0)
+    return static_cast<int64_t>(Layout::kCudaTile64);
+  fail("no kernels for device '", device_type, "' in this build; have: cpu, cuda");
 }
 
 std::vector<std::pair<std::string, std::string>> build_info() {
@@ -79,6 +94,9 @@ std::vector<std::pair<std::string, std::string>> build_info() {
           {"build_type", LOWBIT_BUILD_TYPE},
           {"abi_target", "2.11"},
           {"built_with_torch", LOWBIT_BUILT_WITH_TORCH},
+          {"cuda", LOWBIT_CUDA_VERSION},
+          {"cuda_archs", LOWBIT_CUDA_ARCHS},
+          {"cuda_absent", LOWBIT_CUDA_ABSENT_REASON},
           {"op_namespace", LOWBIT_STRINGIFY(LOWBIT_OP_NAMESPACE)}};
 }
 

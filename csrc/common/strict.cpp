@@ -1,4 +1,4 @@
-#include "cpu/strict.h"
+#include "common/strict.h"
 
 #include <atomic>
 #include <cstdlib>

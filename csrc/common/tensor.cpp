@@ -1,7 +1,4 @@
-#include "cpu/tensor.h"
-
-#include <cstdlib>
-#include <new>
+#include "common/tensor.h"
 
 namespace lowbit {
 namespace {
@@ -36,22 +33,6 @@ std::string shape_string(const std::vector<int64_t>& shape) {
 std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};
-}
-
-// Kept per thread so that a decode step allocates nothing; larger needs go to the heap and back.
-constexpr int64_t kThreadBufferBytes = 1 << 20;
-
-struct ThreadBuffer {
-  uint8_t* data = nullptr;
-  bool taken = false;  // an op called from inside another op's callback must not share it
-  ~ThreadBuffer() { std::free(data); }
-};
-thread_local ThreadBuffer thread_buffer;
-
-void* aligned(int64_t bytes) {
-  void* memory = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
 }
 
 }  // namespace
@@ -112,9 +93,39 @@ ScalarType scale_scalar_type(ScaleDtype dtype) {
                                          : ScalarType::BFloat16;
 }
 
-void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  LOWBIT_CHECK(tensor.is_cpu(), op, ": ", name,
-               " is not on the CPU while another argument is; move all arguments to one device");
+ScalarType zeros_scalar_type(const Desc& desc) {
+  return desc.zero_kind == ZeroKind::kInt ? ScalarType::Byte : scale_scalar_type(desc.scale_dtype);
+}
+
+std::vector<int64_t> scales_shape(const CanonicalShape& shape) {
+  return {shape.scale_rows, shape.groups};
+}
+
+Place cpu_place() {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  return {cpu, 0, "another argument"};
+}
+
+Place place_of(const Tensor& tensor, const char* name) {
+  Place place{0, 0, name};
+  aoti_torch_get_device_type(tensor.get(), &place.type);
+  aoti_torch_get_device_index(tensor.get(), &place.index);
+  if (place.type == cpu_place().type) place.index = 0;  // -1 and 0 are the same CPU
+  return place;
+}
+
+std::string place_name(const Place& place) {
+  if (place.type == aoti_torch_device_type_cpu()) return "cpu";
+  if (place.type == aoti_torch_device_type_cuda()) return concat("cuda:", place.index);
+  if (place.type == aoti_torch_device_type_meta()) return "meta";
+  return concat("device type ", place.type, ", index ", place.index);
+}
+
+void check_place(const char* op, const char* name, const Tensor& tensor, const Place& place) {
+  const Place found = place_of(tensor, name);
+  LOWBIT_CHECK(found.type == place.type && found.index == place.index, op, ": ", name, " is on ",
+               place_name(found), ", ", place.said_by, " is on ", place_name(place),
+               ": move all arguments to one device");
 }
 
 void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
@@ -132,35 +143,34 @@ void check_shape(const char* op, const char* name, const Tensor& tensor,
                shape_string(shape));
 }
 
-void check_plain(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                 const std::vector<int64_t>& shape) {
-  check_cpu(op, name, tensor);
+void check_plain(const char* op, const char* name, const Tensor& tensor, const Place& place,
+                 ScalarType dtype, const std::vector<int64_t>& shape) {
+  check_place(op, name, tensor, place);
   check_dtype(op, name, tensor, dtype);
   check_shape(op, name, tensor, shape);
   LOWBIT_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous");
 }
 
-Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
+Tensor empty_on(const Place& place, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= shape[i] > 1 ? shape[i] : 1;
   }
-  static const int32_t cpu = aoti_torch_device_type_cpu();
   AtenTensorHandle handle = nullptr;
   const AOTITorchError status =
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                               shim_dtype(dtype), cpu, 0, &handle);
+                               shim_dtype(dtype), place.type, place.index, &handle);
   LOWBIT_CHECK(status == AOTI_TORCH_SUCCESS, "could not allocate a ", dtype_name(dtype),
                " tensor of shape ", shape_string(shape));
   return Tensor(handle);
 }
 
-Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
+Rows rows_of(const char* op, const char* name, const Tensor& tensor, const Place& place) {
   const int64_t dims = tensor.dim();
   LOWBIT_CHECK(dims >= 1, op, ": ", name, " is a scalar, expected shape [..., K]");
-  check_cpu(op, name, tensor);
+  check_place(op, name, tensor, place);
   Rows rows{tensor, nullptr, 1, tensor.size(dims - 1), 0};
   bool walkable = tensor.is_contiguous();
   rows.stride = rows.K;
@@ -178,32 +188,6 @@ std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
   std::vector<int64_t> shape = sizes_of(tensor);
   shape.back() = last;
   return shape;
-}
-
-Scratch::Scratch(int64_t bytes, const OptionalTensor& workspace, const char* op) {
-  if (workspace.has_value()) {
-    check_cpu(op, "workspace", *workspace);
-    check_dtype(op, "workspace", *workspace, ScalarType::Byte);
-    LOWBIT_CHECK(workspace->is_contiguous(), op, ": workspace is not contiguous");
-    // 63 bytes more than the pieces, because a tensor need not start on a 64-byte boundary.
-    LOWBIT_CHECK(workspace->numel() >= bytes + 63 || bytes == 0, op, ": workspace has ",
-                 workspace->numel(), " bytes, expected at least ", bytes + 63);
-    const auto address = reinterpret_cast<uintptr_t>(workspace->mutable_data_ptr());
-    next_ = reinterpret_cast<uint8_t*>((address + 63) / 64 * 64);
-  } else if (bytes <= kThreadBufferBytes && !thread_buffer.taken) {
-    if (thread_buffer.data == nullptr)
-      thread_buffer.data = static_cast<uint8_t*>(aligned(kThreadBufferBytes));
-    thread_buffer.taken = uses_thread_buffer_ = true;
-    next_ = thread_buffer.data;
-  } else {
-    heap_ = aligned(bytes > 0 ? bytes : 64);
-    next_ = static_cast<uint8_t*>(heap_);
-  }
-}
-
-Scratch::~Scratch() {
-  if (uses_thread_buffer_) thread_buffer.taken = false;
-  std::free(heap_);
 }
 
 }  // namespace lowbit

@@ -100,27 +100,6 @@ void run_grad_general(const IsaKernels&, const GradJob& job, int64_t begin, int6
   grad_input_general(job, begin, end);
 }
 
-const char* name_of(Op op) {
-  static const char* const names[] = {"gemm", "gemm_a8", "gemm_grad_input"};
-  return names[static_cast<int>(op)];
-}
-
-Op parse_op(const std::string& op) {
-  if (op == "gemm" || op == "linear") return Op::kGemm;
-  if (op == "gemm_a8") return Op::kGemmA8;
-  if (op == "gemm_grad_input") return Op::kGradInput;
-  fail("op='", op, "' has no kernel table; expected gemm, linear, gemm_a8 or gemm_grad_input");
-}
-
-Element parse_dtype(const std::string& dtype) {
-  if (dtype == "float32") return Element::kFloat32;
-  if (dtype == "float16") return Element::kFloat16;
-  if (dtype == "bfloat16") return Element::kBFloat16;
-  if (dtype == "int8") return Element::kInt8;
-  if (dtype == "float8_e4m3fn") return Element::kFp8E4m3;
-  fail("dtype='", dtype, "' is not one of float32, float16, bfloat16, int8, float8_e4m3fn");
-}
-
 const IsaKernels& parse_device(const std::string& device) {
   if (device == "cpu") return kernels();
   const IsaKernels* isa = device.rfind("cpu:", 0) == 0 ? kernels_of(device.substr(4)) : nullptr;
@@ -183,24 +162,21 @@ const KernelRow& select_kernel(const Problem& problem, const CpuTile16& tile,
   return *last;
 }
 
-std::vector<KernelInfo> list_kernels() {
+std::vector<KernelInfo> cpu_kernels() {
   std::vector<KernelInfo> list;
   for (const std::string& level : isa_levels()) {
     for (const KernelRow& row : kernel_table()) {
       if (is_built(row, *kernels_of(level))) {
-        list.push_back({name_of(row.op), row.name, level, row.takes, row.general});
+        list.push_back({"cpu", name_of(row.op), row.name, level, row.takes, row.general});
       }
     }
   }
   return list;
 }
 
-std::vector<Verdict> explain(const std::string& op, const std::string& device, int64_t M, int64_t N,
-                             int64_t K, int64_t desc, const std::string& dtype, int64_t flags) {
-  LOWBIT_CHECK(M >= 0, "M=", M, " is negative");
+std::vector<Verdict> explain_cpu(const Problem& problem, const std::string& device) {
   const IsaKernels& isa = parse_device(device);
-  Problem problem{parse_op(op), M, N, K, decode_desc(desc), parse_dtype(dtype), false, flags};
-  const CpuTile16 tile = cpu_tile16(N, K, problem.desc);
+  const CpuTile16 tile = cpu_tile16(problem.N, problem.K, problem.desc);
   std::vector<Verdict> verdicts;
   bool found = false;
   for (const KernelRow& row : kernel_table()) {

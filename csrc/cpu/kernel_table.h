@@ -5,24 +5,11 @@
 #include <string>
 #include <vector>
 
-#include "common/check.h"
-#include "common/desc.h"
+#include "common/problem.h"
 #include "cpu/kernels/job.h"
 #include "packing/cpu_tile16.h"
 
 namespace lowbit {
-
-enum class Op { kGemm, kGemmA8, kGradInput };
-
-// What selection looks at. Pure data: no tensor, no device.
-struct Problem {
-  Op op = Op::kGemm;
-  int64_t M = 1, N = 1, K = 1;
-  Desc desc;
-  Element x = Element::kBFloat16;
-  bool grouped_x = false;  // gemm_a8: activation scales per 128 of K instead of per token
-  int64_t flags = 0;
-};
 
 // What a kernel reads: fp32 rows, int8 codes with their sums, or bf16 rows.
 enum class XForm { kFloats, kCodes, kBFloats };
@@ -45,19 +32,9 @@ const std::vector<KernelRow>& kernel_table();
 const KernelRow& select_kernel(const Problem& problem, const CpuTile16& tile,
                                const IsaKernels& isa);
 
-struct KernelInfo {
-  std::string op, name, isa, takes;
-  bool general;
-};
-struct Verdict {
-  std::string kernel, reason;  // an empty reason: this one runs
-};
-
-LOWBIT_API std::vector<KernelInfo> list_kernels();
-
-// `device` is "cpu" or "cpu:<isa>", the latter as if that were the machine's best.
-LOWBIT_API std::vector<Verdict> explain(const std::string& op, const std::string& device, int64_t M,
-                                        int64_t N, int64_t K, int64_t desc,
-                                        const std::string& dtype, int64_t flags);
+// What lists and explanations ask of this backend (common/explain.h). `device` is "cpu" or "cpu:<isa>", the latter as if
+// that were the machine's best.
+std::vector<KernelInfo> cpu_kernels();
+std::vector<Verdict> explain_cpu(const Problem& problem, const std::string& device);
 
 }  // namespace lowbit

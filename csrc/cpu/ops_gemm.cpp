@@ -2,9 +2,11 @@
 
 #include <algorithm>
 
+#include "common/op_checks.h"
+#include "common/strict.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
-#include "cpu/strict.h"
+#include "cpu/scratch.h"
 #include "cpu/weight.h"
 #include "cpu/workspace.h"
 #include "formats/codebooks.h"
@@ -12,11 +14,6 @@
 
 namespace lowbit {
 namespace {
-
-void check_flags(const char* op, int64_t flags) {
-  LOWBIT_CHECK((flags & ~int64_t{kBatchInvariant}) == 0, op, ": flags=", flags,
-               " has unknown bits; known: batch_invariant=1");
-}
 
 const KernelRow& choose(const char* op, const Problem& problem, const PackedWeight& weight,
                         const IsaKernels& isa) {
@@ -37,24 +34,6 @@ const float* prepare_bias(const char* op, const IsaKernels& isa, const OptionalT
   isa.load_rows({bias->const_data_ptr(), float_element(op, "bias", *bias), N, N, nullptr, nullptr},
                 0, 1, values, N);
   return values;
-}
-
-void check_bias(const char* op, const OptionalTensor& bias, int64_t N) {
-  if (!bias.has_value()) return;
-  float_element(op, "bias", *bias);
-  check_plain(op, "bias", *bias, bias->scalar_type(), {N});
-}
-
-void check_columns(const char* op, const char* name, const Tensor& tensor, int64_t found,
-                   const char* letter, int64_t expected) {
-  LOWBIT_CHECK(found == expected, op, ": ", name, " of shape ", shape_string(tensor), " has ",
-               letter, "=", found, " in its last dimension, the weight has ", letter, "=",
-               expected);
-}
-
-void check_out(const char* op, const Tensor& out, const Tensor& x, int64_t columns) {
-  float_element(op, "out", out);
-  check_plain(op, "out", out, out.scalar_type(), with_last(x, columns));
 }
 
 // ---- gemm ----------------------------------------------------------------------------------------------------------
@@ -87,7 +66,7 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
                void* out, const OptionalTensor& workspace) {
   const PackedWeight weight(op, w, N, K, desc);
   check_columns(op, "x", x, rows.K, "K", K);
-  check_bias(op, bias, N);
+  check_bias(op, bias, cpu_place(), N);
   check_flags(op, flags);
   const IsaKernels& isa = kernels();
   const KernelRow& row =
@@ -125,10 +104,10 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
 Tensor gemm(const Tensor& x, const Tensor& w, const OptionalTensor& bias, int64_t N, int64_t K,
             int64_t desc, int64_t flags) {
   const char* op = "lowbit::gemm";
-  const Rows rows = rows_of(op, "x", x);
+  const Rows rows = rows_of(op, "x", x, cpu_place());
   const Element element = float_element(op, "x", x);
   LOWBIT_CHECK(N >= 1, op, ": N=", N, " is not positive");
-  Tensor out = empty_cpu(with_last(x, N), x.scalar_type());
+  Tensor out = empty_on(cpu_place(), with_last(x, N), x.scalar_type());
   gemm_into(op, x, w, bias, N, K, desc, flags, rows, element, out.mutable_data_ptr(), {});
   return out;
 }
@@ -136,47 +115,14 @@ Tensor gemm(const Tensor& x, const Tensor& w, const OptionalTensor& bias, int64_
 void gemm_out(const Tensor& x, const Tensor& w, const OptionalTensor& bias, int64_t N, int64_t K,
               int64_t desc, int64_t flags, const Tensor& out, const OptionalTensor& workspace) {
   const char* op = "lowbit::gemm_out";
-  const Rows rows = rows_of(op, "x", x);
+  const Rows rows = rows_of(op, "x", x, cpu_place());
   const Element element = float_element(op, "x", x);
-  check_out(op, out, x, N);
+  check_out(op, out, cpu_place(), x, N);
   check_dtype(op, "out", out, x.scalar_type());
   gemm_into(op, x, w, bias, N, K, desc, flags, rows, element, out.mutable_data_ptr(), workspace);
 }
 
 // ---- gemm_a8 -------------------------------------------------------------------------------------------------------
-
-struct QuantizedRows {
-  Rows rows;
-  Element element;       // int8 or fp8
-  const float* scales;   // [M, groups]
-  int64_t groups;        // 1, or ceil(K / 128)
-  const int32_t* zeros;  // [M], or null
-};
-
-QuantizedRows check_quantized(const char* op, const Tensor& xq, const Tensor& x_scales,
-                              const OptionalTensor& x_zeros, int64_t K) {
-  QuantizedRows q{rows_of(op, "xq", xq), Element::kInt8, nullptr, 1, nullptr};
-  const ScalarType dtype = xq.scalar_type();
-  LOWBIT_CHECK(dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn, op, ": xq is ",
-               dtype_name(dtype), ", expected int8 or float8_e4m3fn");
-  if (dtype == ScalarType::Float8_e4m3fn) q.element = Element::kFp8E4m3;
-  check_columns(op, "xq", xq, q.rows.K, "K", K);
-  LOWBIT_CHECK(x_scales.dim() >= 1, op,
-               ": x_scales is a scalar, expected shape [..., 1] or [..., ceil(K / 128)]");
-  q.groups = x_scales.size(x_scales.dim() - 1);
-  LOWBIT_CHECK(q.groups == 1 || q.groups == div_up(K, 128), op, ": x_scales of shape ",
-               shape_string(x_scales), " has neither one scale per row nor one per 128 of K=", K,
-               " in its last dimension");
-  check_plain(op, "x_scales", x_scales, ScalarType::Float, with_last(xq, q.groups));
-  q.scales = const_data_of<float>(x_scales);
-  if (x_zeros.has_value()) {
-    LOWBIT_CHECK(q.element == Element::kInt8, op, ": x_zeros are given with ", dtype_name(dtype),
-                 " activations, which have none");
-    check_plain(op, "x_zeros", *x_zeros, ScalarType::Int, with_last(xq, 1));
-    q.zeros = const_data_of<int32_t>(*x_zeros);
-  }
-  return q;
-}
 
 // (xq - zero) * scale as fp32, gathered and padded: for the kernels that multiply floats.
 void load_dequantized(const QuantizedRows& q, const int32_t* perm, int64_t m, float* to,
@@ -220,8 +166,8 @@ void gemm_a8_into(const char* op, const Tensor& xq, const Tensor& x_scales,
                   int64_t N, int64_t K, int64_t desc, int64_t flags, Element out_element, void* out,
                   const OptionalTensor& workspace) {
   const PackedWeight weight(op, w, N, K, desc);
-  const QuantizedRows q = check_quantized(op, xq, x_scales, x_zeros, K);
-  check_bias(op, bias, N);
+  const QuantizedRows q = check_quantized(op, xq, x_scales, x_zeros, cpu_place(), K);
+  check_bias(op, bias, cpu_place(), N);
   check_flags(op, flags);
   const int64_t M = q.rows.M;
   if (M == 0) return;
@@ -268,7 +214,7 @@ Tensor gemm_a8(const Tensor& xq, const Tensor& x_scales, const OptionalTensor& x
   const Element element = float_element(op, "out_dtype", out_dtype);
   LOWBIT_CHECK(N >= 1, op, ": N=", N, " is not positive");
   LOWBIT_CHECK(xq.dim() >= 1, op, ": xq is a scalar, expected shape [..., K]");
-  Tensor out = empty_cpu(with_last(xq, N), out_dtype);
+  Tensor out = empty_on(cpu_place(), with_last(xq, N), out_dtype);
   gemm_a8_into(op, xq, x_scales, x_zeros, w, bias, N, K, desc, flags, element,
                out.mutable_data_ptr(), {});
   return out;
@@ -279,7 +225,7 @@ void gemm_a8_out(const Tensor& xq, const Tensor& x_scales, const OptionalTensor&
                  int64_t flags, const Tensor& out, const OptionalTensor& workspace) {
   const char* op = "lowbit::gemm_a8_out";
   LOWBIT_CHECK(xq.dim() >= 1, op, ": xq is a scalar, expected shape [..., K]");
-  check_out(op, out, xq, N);
+  check_out(op, out, cpu_place(), xq, N);
   gemm_a8_into(op, xq, x_scales, x_zeros, w, bias, N, K, desc, flags, float_element(op, "out", out),
                out.mutable_data_ptr(), workspace);
 }
@@ -299,12 +245,12 @@ void store_grad(const IsaKernels& isa, const float* from, int64_t K, const int32
 Tensor gemm_grad_input(const Tensor& dy, const Tensor& w, int64_t N, int64_t K, int64_t desc,
                        int64_t flags) {
   const char* op = "lowbit::gemm_grad_input";
-  const Rows rows = rows_of(op, "dy", dy);
+  const Rows rows = rows_of(op, "dy", dy, cpu_place());
   const Element element = float_element(op, "dy", dy);
   const PackedWeight weight(op, w, N, K, desc);
   check_columns(op, "dy", dy, rows.K, "N", N);
   check_flags(op, flags);
-  Tensor dx = empty_cpu(with_last(dy, K), dy.scalar_type());
+  Tensor dx = empty_on(cpu_place(), with_last(dy, K), dy.scalar_type());
   if (rows.M == 0) return dx;
   const IsaKernels& isa = kernels();
   const KernelRow& row =

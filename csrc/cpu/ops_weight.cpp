@@ -3,15 +3,18 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/op_checks.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 #include "cpu/weight.h"
 #include "formats/format_table.h"
 #include "op_namespace.h"
+#include "packing/cuda_tile64.h"
 
 namespace lowbit {
 namespace {
 
-Tensor absent(ScalarType dtype) { return empty_cpu({0}, dtype); }
+Tensor absent(ScalarType dtype) { return empty_on(cpu_place(), {0}, dtype); }
 
 // ---- quantize ------------------------------------------------------------------------------------------------------
 
@@ -76,20 +79,21 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   const char* op = "lowbit::quantize";
   LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
                ", expected [N, K]");
-  const Rows w = rows_of(op, "weight", weight);
+  const Rows w = rows_of(op, "weight", weight, cpu_place());
   const Element element = float_element(op, "weight", weight);
   const Desc desc = decode_desc(desc_bits);
   LOWBIT_CHECK(!desc.has_perm, op,
                ": desc has a perm; quantize the permuted weight and give the perm to pack");
   const CanonicalShape shape = canonical_shape(w.M, w.K, desc);
-  if (importance.has_value()) check_plain(op, "importance", *importance, ScalarType::Float, {w.K});
+  if (importance.has_value())
+    check_plain(op, "importance", *importance, cpu_place(), ScalarType::Float, {w.K});
   const FormatInfo& info = format_info(desc.format);
 
-  Tensor packed = empty_cpu({shape.N, shape.row_bytes}, ScalarType::Byte);
-  Tensor scales = empty_cpu(scales_shape(shape), scale_scalar_type(desc.scale_dtype));
+  Tensor packed = empty_on(cpu_place(), {shape.N, shape.row_bytes}, ScalarType::Byte);
+  Tensor scales = empty_on(cpu_place(), scales_shape(shape), scale_scalar_type(desc.scale_dtype));
   Tensor zeros = desc.zero_kind == ZeroKind::kNone
                      ? absent(ScalarType::Byte)
-                     : empty_cpu({shape.N, shape.groups}, zeros_scalar_type(desc));
+                     : empty_on(cpu_place(), {shape.N, shape.groups}, zeros_scalar_type(desc));
 
   Quantizer q{kernels(),
               shape,
@@ -158,9 +162,10 @@ Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTens
                   const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
                   ScalarType out_dtype) {
   const char* op = "lowbit::dequantize";
-  const CanonicalTensors c(op, packed, scales, zeros, perm, N, K, desc);
+  const CanonicalTensors c(op, packed, scales, zeros, perm, cpu_place(), Values::kChecked, N, K,
+                           desc);
   const Element element = float_element(op, "out_dtype", out_dtype);
-  Tensor out = empty_cpu({N, K}, out_dtype);
+  Tensor out = empty_on(cpu_place(), {N, K}, out_dtype);
   dequantize_into(c, element, data_of<uint8_t>(out));
   return out;
 }
@@ -169,22 +174,20 @@ void dequantize_out(const Tensor& packed, const Tensor& scales, const OptionalTe
                     const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
                     const Tensor& out) {
   const char* op = "lowbit::dequantize_out";
-  const CanonicalTensors c(op, packed, scales, zeros, perm, N, K, desc);
+  const CanonicalTensors c(op, packed, scales, zeros, perm, cpu_place(), Values::kChecked, N, K,
+                           desc);
   const Element element = float_element(op, "out", out);
-  check_plain(op, "out", out, out.scalar_type(), {N, K});
+  check_plain(op, "out", out, cpu_place(), out.scalar_type(), {N, K});
   dequantize_into(c, element, data_of<uint8_t>(out));
 }
 
 // ---- pack, unpack --------------------------------------------------------------------------------------------------
 
-Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
-            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc) {
-  const char* op = "lowbit::pack";
-  const CanonicalTensors c(op, packed, scales, zeros, perm, N, K, desc);
-  LOWBIT_CHECK(c.desc.layout == Layout::kCpuTile16, op, ": desc asks for layout ",
-               name_of(c.desc.layout), ", the CPU packs ", name_of(Layout::kCpuTile16));
-  const CpuTile16 tile = cpu_tile16(N, K, c.desc);
-  Tensor out = empty_cpu({tile.total_bytes}, ScalarType::Byte);
+// The whole tensor, strip by strip: the CPU packs and unpacks every backend's layout, so that a weight whose device is
+// out of reach (offloaded, or packed ahead of time) is never lost.
+Tensor pack_cpu_tile16(const CanonicalTensors& c) {
+  const CpuTile16 tile = cpu_tile16(c.shape.N, c.shape.K, c.desc);
+  Tensor out = empty_on(cpu_place(), {tile.total_bytes}, ScalarType::Byte);
   uint8_t* to = data_of<uint8_t>(out);
   parallel_items(tile.strips, tile.K_padded * kTileRows, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> scratch(static_cast<size_t>(tile.K_padded * kTileRows));
@@ -192,28 +195,83 @@ Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& ze
       pack_strip(tile, c.data, strip, to + strip * tile.strip_bytes, scratch.data());
   });
   if (c.data.perm != nullptr)
-    std::copy_n(reinterpret_cast<const uint8_t*>(c.data.perm), 4 * K, to + tile.perm_offset);
+    std::copy_n(reinterpret_cast<const uint8_t*>(c.data.perm), 4 * c.shape.K,
+                to + tile.perm_offset);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, int64_t K,
-                                                  int64_t desc) {
-  const PackedWeight weight("lowbit::unpack", w, N, K, desc);
+Tensor pack_cuda_tile64(const CanonicalTensors& c) {
+  const CudaTile64 tile = cuda_tile64(c.shape.N, c.shape.K, c.desc);
+  Tensor out = empty_on(cpu_place(), {tile.total_bytes}, ScalarType::Byte);
+  uint8_t* to = data_of<uint8_t>(out);
+  parallel_items(tile.strips, c.shape.K * kStripRows, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      pack_strip64(tile, c.data, strip, to + strip * tile.strip_bytes);
+  });
+  if (c.data.perm != nullptr)
+    std::copy_n(reinterpret_cast<const uint8_t*>(c.data.perm), 4 * c.shape.K,
+                to + tile.perm_offset);
+  return out;
+}
+
+Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc) {
+  const char* op = "lowbit::pack";
+  const CanonicalTensors c(op, packed, scales, zeros, perm, cpu_place(), Values::kChecked, N, K,
+                           desc);
+  switch (c.desc.layout) {
+    case Layout::kCpuTile16:
+      return pack_cpu_tile16(c);
+    case Layout::kCudaTile64:
+      return pack_cuda_tile64(c);
+    default:
+      fail(op, ": desc asks for layout ", name_of(c.desc.layout), ", which is not a kernel layout");
+  }
+}
+
+void unpack_cpu_tile16(const char* op, const Tensor& w, int64_t N, int64_t K, int64_t desc,
+                       const CanonicalMutable& to) {
+  const PackedWeight weight(op, w, N, K, desc);
   const CpuTile16& tile = weight.tile;
-  const CanonicalShape& s = tile.shape;
-  Tensor packed = empty_cpu({N, s.row_bytes}, ScalarType::Byte);
-  Tensor scales = empty_cpu(scales_shape(s), scale_scalar_type(weight.desc.scale_dtype));
-  Tensor zeros = s.zero_bytes == 0 ? absent(ScalarType::Byte)
-                                   : empty_cpu({N, s.groups}, zeros_scalar_type(weight.desc));
-  Tensor perm = s.has_perm ? empty_cpu({K}, ScalarType::Int) : absent(ScalarType::Int);
-  const CanonicalMutable to{data_of<uint8_t>(packed), data_of<uint8_t>(scales),
-                            data_of<uint8_t>(zeros), nullptr};
   parallel_items(tile.strips, tile.K_padded * kTileRows, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> scratch(static_cast<size_t>(tile.K_padded));
     for (int64_t strip = begin; strip < end; ++strip)
       unpack_strip(tile, weight.view.data + strip * tile.strip_bytes, strip, to, scratch.data());
   });
-  if (s.has_perm) std::copy_n(weight.perm, K, data_of<int32_t>(perm));
+  if (weight.perm != nullptr) std::copy_n(weight.perm, K, to.perm);
+}
+
+void unpack_cuda_tile64(const char* op, const Tensor& w, int64_t N, int64_t K, const Desc& desc,
+                        const CanonicalMutable& to) {
+  const CudaTile64 tile = cuda_tile64(N, K, desc);
+  check_plain(op, "w", w, cpu_place(), ScalarType::Byte, {tile.total_bytes});
+  const uint8_t* from = const_data_of<uint8_t>(w);
+  parallel_items(tile.strips, K * kStripRows, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      unpack_strip64(tile, from + strip * tile.strip_bytes, strip, to);
+  });
+  if (desc.has_perm)
+    std::copy_n(from + tile.perm_offset, 4 * K, reinterpret_cast<uint8_t*>(to.perm));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, int64_t K,
+                                                  int64_t desc_bits) {
+  const char* op = "lowbit::unpack";
+  const Desc desc = decode_desc(desc_bits);
+  const CanonicalShape s = canonical_shape(N, K, desc);
+  const Place cpu = cpu_place();
+  Tensor packed = empty_on(cpu, {N, s.row_bytes}, ScalarType::Byte);
+  Tensor scales = empty_on(cpu, scales_shape(s), scale_scalar_type(desc.scale_dtype));
+  Tensor zeros = s.zero_bytes == 0 ? absent(ScalarType::Byte)
+                                   : empty_on(cpu, {N, s.groups}, zeros_scalar_type(desc));
+  Tensor perm = s.has_perm ? empty_on(cpu, {K}, ScalarType::Int) : absent(ScalarType::Int);
+  const CanonicalMutable to{data_of<uint8_t>(packed), data_of<uint8_t>(scales),
+                            data_of<uint8_t>(zeros), data_of<int32_t>(perm)};
+  if (desc.layout == Layout::kCudaTile64) {
+    unpack_cuda_tile64(op, w, N, K, desc, to);
+  } else {
+    unpack_cpu_tile16(op, w, N, K, desc_bits, to);
+  }
   return {packed, scales, zeros, perm};
 }
 

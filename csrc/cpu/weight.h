@@ -1,8 +1,8 @@
-// Canonical tensors and packed weights as the CPU kernels see them.
+// Packed weights as the CPU kernels see them.
 #pragma once
 
+#include "common/tensor.h"
 #include "cpu/kernels/job.h"
-#include "cpu/tensor.h"
 #include "packing/cpu_tile16.h"
 
 namespace lowbit {
@@ -19,19 +19,5 @@ struct PackedWeight {
   PackedWeight(const PackedWeight&) = delete;
   PackedWeight& operator=(const PackedWeight&) = delete;
 };
-
-struct CanonicalTensors {
-  Desc desc;
-  CanonicalShape shape;
-  CanonicalConst data;
-
-  CanonicalTensors(const char* op, const Tensor& packed, const Tensor& scales,
-                   const OptionalTensor& zeros, const OptionalTensor& perm, int64_t N, int64_t K,
-                   int64_t desc_bits);
-};
-
-// The dtype of the tensor beside the scales; only called when there is one.
-ScalarType zeros_scalar_type(const Desc& desc);
-std::vector<int64_t> scales_shape(const CanonicalShape& shape);
 
 }  // namespace lowbit

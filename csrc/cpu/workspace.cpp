@@ -20,12 +20,9 @@ int64_t gemm_scratch_bytes(int64_t M, const CpuTile16& tile) {
   return scratch_bytes(tile.shape.N, 4) + std::max(as_floats, as_codes);
 }
 
-int64_t workspace_size(const std::string& op, int64_t M, int64_t N, int64_t K, int64_t desc) {
-  LOWBIT_CHECK(op == "gemm_out" || op == "gemm_a8_out" || op == "gemm" || op == "gemm_a8", "op='",
-               op, "' takes no workspace; gemm_out and gemm_a8_out do");
-  LOWBIT_CHECK(M >= 0, "M=", M, " is negative");
+int64_t cpu_workspace_size(int64_t M, int64_t N, int64_t K, const Desc& desc) {
   // 63 bytes of slack: a tensor need not start on a 64-byte boundary, the kernels' buffers do.
-  return gemm_scratch_bytes(M, cpu_tile16(N, K, decode_desc(desc))) + 63;
+  return gemm_scratch_bytes(M, cpu_tile16(N, K, desc)) + 63;
 }
 
 }  // namespace lowbit

@@ -18,8 +18,7 @@ int64_t int32_segment(const CpuTile16& tile);
 // For gemm and gemm_a8, whichever kernel is chosen and whatever the dtypes: one chunk of prepared rows, and bias.
 int64_t gemm_scratch_bytes(int64_t M, const CpuTile16& tile);
 
-// Bytes of a uint8 workspace tensor for op "gemm_out" or "gemm_a8_out".
-LOWBIT_API int64_t workspace_size(const std::string& op, int64_t M, int64_t N, int64_t K,
-                                  int64_t desc);
+// Bytes of a workspace tensor for gemm_out and gemm_a8_out.
+int64_t cpu_workspace_size(int64_t M, int64_t N, int64_t K, const Desc& desc);
 
 }  // namespace lowbit

@@ -38,7 +38,7 @@ inline constexpr Tile kTiles[] = {
     {Kernel::kA8Decode, "a8_decode_m64", 128, 64, 64, 2, 2, 1, 3, 2},
     {Kernel::kGrad, "grad_m64", 64, 64, 64, 1, 2, 2, 2, 2},
     {Kernel::kGeneral, "general", 1, 1, 1, 1, 1, 1, 1, 1},
-    {Kernel::kGeneralGrad, "general_grad", 1, 1, 1, 1, 1, 1, 1, 1},
+    {Kernel::kGeneralGrad, "general", 1, 1, 1, 1, 1, 1, 1, 1},
 };
 inline constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 

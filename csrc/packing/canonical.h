@@ -25,7 +25,7 @@ struct CanonicalShape {
 };
 
 // Throws Error when N, K and the group size do not fit together.
-CanonicalShape canonical_shape(int64_t N, int64_t K, const Desc& desc);
+LOWBIT_API CanonicalShape canonical_shape(int64_t N, int64_t K, const Desc& desc);
 
 // Raw pointers to canonical tensors of such a shape; absent ones are null.
 struct CanonicalConst {

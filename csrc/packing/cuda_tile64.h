@@ -88,7 +88,7 @@ struct CudaTile64 {
 };
 
 // Throws Error when N, K and the group size do not fit together.
-CudaTile64 cuda_tile64(int64_t N, int64_t K, const Desc& desc);
+LOWBIT_API CudaTile64 cuda_tile64(int64_t N, int64_t K, const Desc& desc);
 
 // Where the row n (0..63) of a strip stands in a row of scales.
 constexpr int scale_position(int n) { return n % 8 * 8 + n / 8; }

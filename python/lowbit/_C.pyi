@@ -40,11 +40,22 @@ def canonical_shapes(N: int, K: int, desc: int) -> _Shapes:
 def cpu_features() -> dict[str, bool]:
     """What this CPU offers."""
 
+def describe_config(
+    op: str, device: str, M: int, N: int, K: int, desc: int, dtype: str, flags: int
+) -> str:
+    """How the chosen kernel cuts the problem into tiles, steps and blocks; "" on the CPU, which has nothing to choose."""
+
 def enums() -> dict[str, dict[str, int]]:
     """The enumerations in desc and flags, by name."""
 
 def explain(op: str, device: str, M: int, N: int, K: int, desc: int, dtype: str, flags: int) -> list[tuple[str, str]]:
     """Kernels in order of preference, each with why it was refused; "" for the one that runs."""
+
+def force_kernel(name: str) -> None:
+    """Run this CUDA kernel in every op that has it, or raise where it cannot; "" ends it. For tests and sweeps."""
+
+def forced_kernel() -> str:
+    """What `force_kernel` or LOWBIT_KERNEL said; "" when nothing is forced."""
 
 def format_table() -> list[_FormatRow]:
     """Every weight format."""
@@ -56,7 +67,7 @@ def isa_levels() -> list[str]:
     """Instruction sets this machine can run, best first."""
 
 def kernel_table() -> list[dict[str, Any]]:
-    """One row per CPU kernel and instruction set of this machine: backend, op, name, isa, general, takes."""
+    """One row per CPU kernel and instruction set of this machine, and per CUDA kernel: backend, op, name, isa, general, takes."""
 
 def make_desc(
     format: int, group_size: int, zero_kind: int, scale_dtype: int, scaling: int, has_perm: bool, layout: int
@@ -70,7 +81,7 @@ def parse_desc(desc: int) -> _DescFields:
     """The fields of a desc."""
 
 def preferred_layout(device_type: str, desc: int) -> int:
-    """The kernel layout of a device; ValueError when this build has no kernels for it."""
+    """The kernel layout of a kind of device; ValueError when there are no kernels for it, in any build."""
 
 def set_isa(name: str) -> None:
     """Use another instruction set from now on, in every thread."""
@@ -81,5 +92,5 @@ def set_strict(on: bool) -> None:
 def strict() -> bool:
     """Whether picking a general kernel is an error."""
 
-def workspace_size(op: str, M: int, N: int, K: int, desc: int) -> int:
-    """Bytes of workspace for an out variant."""
+def workspace_size(op: str, M: int, N: int, K: int, desc: int, device: str = "") -> int:
+    """Bytes of workspace for an out variant; on CUDA for that device ("sm_90:132"), or enough for every known one."""

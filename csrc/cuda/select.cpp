@@ -1,0 +1,383 @@
+#include "cuda/select.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/schedule.h"
+#include "cuda/tuning.h"
+#include "formats/format_table.h"
+
+namespace lowbit::cuda {
+namespace {
+
+// ---- what each kernel takes --------------------------------------------------------------------------------------------
+
+bool refuse_nothing(const Problem&, const CudaTile64&, const Why&) { return false; }
+
+// A cell of 16 k must lie in one group, so that its codes share scales.
+bool refuse_group(const CudaTile64& weight, int64_t multiple, const Why& why) {
+  if (weight.groups == 1 || weight.group_size % multiple == 0) return false;
+  return why("group_size=", weight.group_size, " is not a multiple of ", multiple);
+}
+
+bool refuse_16_bit(const Problem& p, const CudaTile64& weight, const Why& why) {
+  if (p.x == Element::kFloat32)
+    return why(p.op == Op::kGradInput ? "dy is" : "activations are",
+               " float32, which tensor cores do not take");
+  return refuse_group(weight, 16, why);
+}
+
+bool is_integer_product(const Problem& p) {
+  const ZeroKind zeros = p.desc.zero_kind;
+  return p.x == Element::kInt8 && format_info(p.desc.format).is_integer &&
+         (zeros == ZeroKind::kNone || zeros == ZeroKind::kInt);
+}
+
+// The perm sorts columns of W by group; scales per 128 columns of x do not survive it.
+bool refuse_grouped_perm(const Problem& p, const Why& why) {
+  if (!p.grouped_x || !p.desc.has_perm) return false;
+  return why("activation scales per 128 of K do not go with a perm");
+}
+
+bool refuse_a8_int(const Problem& p, const CudaTile64& weight, const Why& why) {
+  if (p.x != Element::kInt8) return why("activations are not int8");
+  if (!is_integer_product(p)) {
+    const FormatInfo& info = format_info(p.desc.format);
+    if (!info.is_integer) return why(info.name, " weights are not integers");
+    return why("weights with zeros=", name_of(p.desc.zero_kind), " are not integers");
+  }
+  return refuse_grouped_perm(p, why) || refuse_group(weight, 16, why);
+}
+
+bool refuse_a8_fp8(const Problem& p, const CudaTile64& weight, const Why& why) {
+  if (p.x != Element::kFp8E4m3) return why("activations are not fp8");
+  if (p.desc.format != Format::kFp8E4m3 && p.desc.format != Format::kFp8E5m2)
+    return why(format_info(p.desc.format).name, " weights are not fp8");
+  return refuse_grouped_perm(p, why) || refuse_group(weight, 16, why);
+}
+
+bool refuse_a8_decode(const Problem& p, const CudaTile64& weight, const Why& why) {
+  if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
+  if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset)
+    return why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
+  return refuse_grouped_perm(p, why) || refuse_group(weight, 16, why);
+}
+
+// ---- the table ---------------------------------------------------------------------------------------------------------
+
+// What all tile shapes of a kernel have in common.
+struct Family {
+  Kernel kernel;
+  int capability;
+  const char* takes;
+  bool (*refuse)(const Problem&, const CudaTile64&, const Why&);
+};
+
+constexpr const char* kEverything = "everything";
+
+constexpr Family kFamilies[] = {
+    {Kernel::kStream, 80,
+     "few rows of bf16 or fp16 x, groups in multiples of 16: weights read once, decoded in "
+     "registers",
+     refuse_16_bit},
+    {Kernel::kMatrix, 80,
+     "bf16 or fp16 x, groups in multiples of 16: tensor cores, weights decoded from shared memory",
+     refuse_16_bit},
+    {Kernel::kA8Int, 80,
+     "int8 x times integers without or with integer zeros, groups in multiples of 16: exact in "
+     "int32",
+     refuse_a8_int},
+    {Kernel::kA8Fp8, 89,
+     "fp8 x times fp8 weights, groups in multiples of 16: fp8 tensor cores, promoted to fp32",
+     refuse_a8_fp8},
+    {Kernel::kA8Decode, 80,
+     "8-bit x times codes that bf16 holds exactly, groups in multiples of 16: bf16 tensor cores",
+     refuse_a8_decode},
+    {Kernel::kGrad, 80, "bf16 or fp16 dy, groups in multiples of 16: tensor cores", refuse_16_bit},
+    {Kernel::kGeneral, 80, kEverything, refuse_nothing},
+    {Kernel::kGeneralGrad, 80, kEverything, refuse_nothing},
+};
+
+bool is_general(Kernel kernel) {
+  return kernel == Kernel::kGeneral || kernel == Kernel::kGeneralGrad;
+}
+
+std::vector<Op> ops_of(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kStream:
+    case Kernel::kMatrix:
+      return {Op::kGemm};
+    case Kernel::kA8Int:
+    case Kernel::kA8Fp8:
+    case Kernel::kA8Decode:
+      return {Op::kGemmA8};
+    case Kernel::kGrad:
+    case Kernel::kGeneralGrad:
+      return {Op::kGradInput};
+    case Kernel::kGeneral:
+      return {Op::kGemm, Op::kGemmA8};
+  }
+  return {};
+}
+
+const Tuning* tuning_of(const Tile& tile) {
+  for (const Tuning& row : kTuning) {
+    if (std::strcmp(row.tile, tile.name) == 0) return &row;
+  }
+  return nullptr;  // general kernels have none
+}
+
+// Dynamic shared memory of a block.
+int64_t shared_bytes_of(const KernelRow&, const Problem&, const CudaTile64&) { return 0; }
+
+// ---- cutting the work --------------------------------------------------------------------------------------------------
+
+// The rows of a grad tile are columns of dx, and its steps run over N.
+Schedule cut(const Problem& p, const Tile& tile, const Tuning& tuning, int64_t slots) {
+  const int64_t columns = p.op == Op::kGradInput ? p.K : p.N;
+  const int64_t depth = p.op == Op::kGradInput ? p.N : p.K;
+  const int64_t tiles_n = div_up(columns, tile.rows), tiles_m = div_up(p.M, tile.tokens);
+  const bool whole = (p.flags & kBatchInvariant) != 0 || tiles_n * tiles_m > kMaxShared;
+  return make_schedule(
+      static_cast<int>(tiles_n), static_cast<int>(tiles_m),
+      static_cast<int>(div_up(depth, tile.step)),
+      {static_cast<int>(slots), tuning.min_steps, whole ? 1 : tuning.most_sharers});
+}
+
+// Steps of the problem, over the steps that all slots could do until the last block is done.
+double efficiency_of(const Schedule& s, int64_t slots) {
+  const int64_t longest = div_up(s.total, s.blocks);
+  return static_cast<double>(s.total) /
+         static_cast<double>(longest * div_up(s.blocks, slots) * slots);
+}
+
+int64_t piece(int64_t bytes) { return round_up(bytes, 256); }
+
+Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+                 const DeviceInfo& device) {
+  Config config{};
+  config.row = &row;
+  config.efficiency = 1.0;
+  if (row.general) return config;
+  const Tile& tile = row.shape();
+  config.shared_bytes = shared_bytes_of(row, p, weight);
+  // A block's shared memory costs the multiprocessor 1 KB more than it asks for.
+  const int64_t fitting = device.shared_per_sm / (config.shared_bytes + 1024);
+  const int64_t resident = std::max<int64_t>(std::min<int64_t>(tile.blocks_per_sm, fitting), 1);
+  const int64_t slots = resident * device.sm_count;
+  config.schedule = cut(p, tile, *tuning_of(tile), slots);
+  config.efficiency = efficiency_of(config.schedule, slots);
+  config.shares_tiles = shares_tiles(config.schedule);
+  if (config.shares_tiles)
+    config.partial_bytes = piece(int64_t{2} * config.schedule.blocks * tile.rows * tile.tokens * 4);
+  const bool gathers = p.desc.has_perm && p.op != Op::kGradInput;
+  config.prepares = gathers || !p.x_aligned;
+  const int64_t columns = p.op == Op::kGradInput ? p.N : p.K;
+  // Rows that start on a cache line cost nothing and spare a sector each.
+  config.prepared_columns = round_up(columns, 128 / element_bytes(p.x));
+  if (config.prepares)
+    config.prepared_bytes = piece(p.M * config.prepared_columns * element_bytes(p.x));
+  if (p.desc.has_perm && p.op == Op::kGradInput)
+    config.unordered_bytes = piece(p.M * p.K * element_bytes(p.x));
+  const int64_t pieces = config.partial_bytes + config.prepared_bytes + config.unordered_bytes;
+  config.workspace_bytes = pieces == 0 ? 0 : kCounterBytes + pieces;
+  return config;
+}
+
+// ---- choosing ----------------------------------------------------------------------------------------------------------
+
+// The bits of a row must not depend on how many rows there are: nothing may be shared among blocks or warps along K.
+bool refuse_order(const KernelRow& row, const Problem& p, const Why& why) {
+  if ((p.flags & kBatchInvariant) == 0 || row.general) return false;
+  const Tile& tile = row.shape();
+  if (tile.kernel == Kernel::kGrad || (tile.kernel != Kernel::kStream && tile.warps_k == 1))
+    return false;
+  return why("its warps share K, which kernels for more rows do not; batch_invariant is set");
+}
+
+// Whether the kernel cannot run the problem on the device.
+bool refuses(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+             const DeviceInfo& device, const Why& why) {
+  if (device.capability < row.capability)
+    return why("needs sm_", row.capability, ", the device is sm_", device.capability);
+  if (row.refuse(p, weight, why) || refuse_order(row, p, why)) return true;
+  const int64_t shared = row.general ? 0 : shared_bytes_of(row, p, weight);
+  if (shared > device.shared_per_block)
+    return why("needs ", shared, " bytes of shared memory, the device has ",
+               device.shared_per_block);
+  return false;
+}
+
+// Whether it leaves the problem to a faster one.
+bool defers(const KernelRow& row, const Problem& p, const Why& why) {
+  const Tuning* tuning = tuning_of(row.shape());
+  if (tuning == nullptr || p.M <= tuning->most_rows) return false;
+  return why("M=", p.M, " exceeds ", tuning->most_rows, " (", tuning->because, ")");
+}
+
+// Null: not forced. The pointer is to a name in kTiles.
+std::atomic<const char*> forced{nullptr};
+std::atomic<bool> environment_read{false};
+
+const char* find_name(const std::string& name) {
+  std::string known;
+  for (const Tile& tile : kTiles) {
+    if (name == tile.name) return tile.name;
+    if (known.find(tile.name) == std::string::npos)
+      known += concat(known.empty() ? "" : ", ", tile.name);
+  }
+  fail("kernel '", name, "' is not one of the CUDA kernels: ", known);
+}
+
+const char* forced_name() {
+  if (!environment_read.load(std::memory_order_acquire)) {
+    const char* value = std::getenv("LOWBIT_KERNEL");
+    if (value != nullptr && *value != '\0') forced.store(find_name(value));
+    environment_read.store(true, std::memory_order_release);
+  }
+  return forced.load(std::memory_order_acquire);
+}
+
+// The forced name where the op has a row of that name.
+const char* forced_for(Op op) {
+  const char* name = forced_name();
+  if (name == nullptr) return nullptr;
+  for (const KernelRow& row : kernel_table()) {
+    if (row.op == op && std::strcmp(row.name(), name) == 0) return name;
+  }
+  return nullptr;
+}
+
+std::string describe(const Problem& p) {
+  return concat("M=", p.M, " N=", p.N, " K=", p.K, " ", to_string(p.desc));
+}
+
+}  // namespace
+
+const std::vector<KernelRow>& kernel_table() {
+  static const std::vector<KernelRow> table = [] {
+    std::vector<KernelRow> rows;
+    for (int i = 0; i < kTileCount; ++i) {
+      for (const Family& family : kFamilies) {
+        if (family.kernel != kTiles[i].kernel) continue;
+        for (Op op : ops_of(family.kernel)) {
+          rows.push_back(
+              {op, i, family.capability, is_general(family.kernel), family.takes, family.refuse});
+        }
+      }
+    }
+    return rows;
+  }();
+  return table;
+}
+
+Config select(const Problem& p, const CudaTile64& weight, const DeviceInfo& device) {
+  LOWBIT_CHECK(p.M >= 1 && p.M < (int64_t{1} << 30), "M=", p.M, " is outside 1..2^30");
+  const char* name = forced_for(p.op);
+  for (const KernelRow& row : kernel_table()) {
+    if (row.op != p.op) continue;
+    if (name != nullptr) {
+      if (std::strcmp(row.name(), name) != 0) continue;
+      std::string reason;
+      LOWBIT_CHECK(!refuses(row, p, weight, device, Why(&reason)), "kernel ", name,
+                   " is forced and cannot run ", describe(p), ": ", reason);
+      return configure(row, p, weight, device);
+    }
+    if (refuses(row, p, weight, device, Why()) || defers(row, p, Why())) continue;
+    return configure(row, p, weight, device);
+  }
+  fail("no CUDA kernel takes ", describe(p));  // not reached: the general kernel takes everything
+}
+
+void force_kernel(const std::string& name) {
+  const char* found = name.empty() ? nullptr : find_name(name);
+  environment_read.store(true, std::memory_order_release);
+  forced.store(found, std::memory_order_release);
+}
+
+std::string forced_kernel() {
+  const char* name = forced_name();
+  return name == nullptr ? "" : name;
+}
+
+std::vector<KernelInfo> kernels() {
+  std::vector<KernelInfo> list;
+  for (const KernelRow& row : kernel_table())
+    list.push_back({"cuda", name_of(row.op), row.name(), concat("sm_", row.capability), row.takes,
+                    row.general});
+  return list;
+}
+
+std::vector<Verdict> explain(const Problem& p, const DeviceInfo& device) {
+  const CudaTile64 weight = cuda_tile64(p.N, p.K, p.desc);
+  const char* name = forced_for(p.op);
+  std::vector<Verdict> verdicts;
+  bool found = false;
+  for (const KernelRow& row : kernel_table()) {
+    if (row.op != p.op) continue;
+    std::string reason;
+    const Why why(&reason);
+    const bool is_forced = name != nullptr && std::strcmp(row.name(), name) == 0;
+    if (!refuses(row, p, weight, device, why) && !is_forced) {
+      if (name != nullptr) {
+        why("kernel ", name, " is forced");
+      } else if (!defers(row, p, why) && found) {
+        why("slower than the chosen one");
+      }
+    }
+    found = found || reason.empty();
+    verdicts.push_back({concat("cuda_", row.name(), "_sm_", row.capability), std::move(reason)});
+  }
+  return verdicts;
+}
+
+namespace {
+
+int64_t workspace_on(Op op, int64_t M, int64_t N, int64_t K, const Desc& desc,
+                     const CudaTile64& weight, const DeviceInfo& device) {
+  if (M == 0) return 0;
+  Problem p{op, M, N, K, desc, Element::kBFloat16, false, 0, false};
+  if (op == Op::kGemm) return select(p, weight, device).workspace_bytes;
+  int64_t most = 0;
+  for (Element x : {Element::kInt8, Element::kFp8E4m3}) {
+    for (bool grouped : {false, true}) {
+      p.x = x;
+      p.grouped_x = grouped;
+      most = std::max(most, select(p, weight, device).workspace_bytes);
+    }
+  }
+  return most;
+}
+
+}  // namespace
+
+int64_t workspace_size(Op op, int64_t M, int64_t N, int64_t K, const Desc& desc,
+                       const std::string& device) {
+  const CudaTile64 weight = cuda_tile64(N, K, desc);
+  int64_t bytes = 0;
+  if (!device.empty()) {
+    bytes = workspace_on(op, M, N, K, desc, weight, device_model(device));
+  } else {
+    for (const DeviceInfo& known : known_devices())
+      bytes = std::max(bytes, workspace_on(op, M, N, K, desc, weight, known));
+  }
+  return bytes == 0 ? 0 : bytes + kWorkspaceSlack;
+}
+
+std::string to_string(const Config& c) {
+  const Tile& t = c.row->shape();
+  if (c.row->general) return concat(t.name, ": one warp per output");
+  const Schedule& s = c.schedule;
+  std::ostringstream percent;
+  percent.precision(0);
+  percent << std::fixed << 100 * c.efficiency;
+  return concat(t.name, ": tiles of ", t.rows, " x ", t.tokens, ", steps of ", t.step, ", ",
+                t.warps(), " warps, ", t.stages, " stages, ", c.shared_bytes, " bytes shared; ",
+                s.tiles_n, " x ", s.tiles_m, " tiles of ", s.steps_per_tile, " steps on ", s.blocks,
+                " blocks", c.shares_tiles ? ", shared" : "", ", ", percent.str(),
+                "% busy; workspace ", c.workspace_bytes, " bytes", c.prepares ? ", x copied" : "");
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,42 @@
+// The numbers that selection goes by, one row per tile shape, each with what it rests on. A measurement is quoted with
+// its device; "unmeasured" is what stands there before there is one. To measure, force kernels (select.h) over a range
+// of M: bench/device_check.sh does.
+#pragma once
+
+#include <cstdint>
+
+namespace lowbit::cuda {
+
+struct Tuning {
+  const char* tile;   // name in kTiles
+  int64_t most_rows;  // of x; beyond, the next row of the table is preferred
+  int min_steps;  // of K that a block must have to itself where a tile is shared among blocks (schedule.h)
+  int most_sharers;  // blocks that share one tile
+  const char* because;
+};
+
+inline constexpr int64_t kAnyRows = int64_t{1} << 62;
+
+inline constexpr Tuning kTuning[] = {
+    {"stream_m8", 8, 8, 16,
+     "unmeasured: one tile of tokens; a second one decodes every weight again"},
+    {"stream_m16", 16, 8, 16,
+     "unmeasured: one tile of tokens; a second one decodes every weight again"},
+    {"matrix_m32", 32, 8, 8,
+     "unmeasured: one tile of tokens; a wider tile decodes every weight once"},
+    {"matrix_m64", 64, 8, 8,
+     "unmeasured: one tile of tokens; a wider tile decodes every weight once"},
+    {"matrix_m128", kAnyRows, 16, 4, "unmeasured: partial sums are 64 KB each way"},
+    {"a8_int_m16", 16, 4, 16,
+     "unmeasured: one tile of tokens; a second one decodes every weight again"},
+    {"a8_int_m64", 64, 4, 8,
+     "unmeasured: one tile of tokens; a wider tile decodes every weight once"},
+    {"a8_int_m128", kAnyRows, 8, 4, "unmeasured: partial sums are 64 KB each way"},
+    {"a8_fp8_m16", 16, 4, 16,
+     "unmeasured: one tile of tokens; a second one decodes every weight again"},
+    {"a8_fp8_m64", kAnyRows, 4, 8, "unmeasured: partial sums are 32 KB each way"},
+    {"a8_decode_m64", kAnyRows, 8, 8, "unmeasured: partial sums are 32 KB each way"},
+    {"grad_m64", kAnyRows, 8, 8, "unmeasured: partial sums are 16 KB each way"},
+};
+
+}  // namespace lowbit::cuda
