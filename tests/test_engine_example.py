@@ -153,6 +153,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = tmp_path_factory.mktemp("cpp")
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
     folders = [f"-DTORCH_DIR={TORCH}", f"-Dlowbit_DIR={lowbit.cmake_dir()}"]
+    if sys.platform.startswith("linux"):  # the default of some linkers and not of others
+        folders.append("-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed")
     for command in (["-S", ENGINE / "cpp", "-B", build, *generator, *folders], ["--build", build]):
         done = run("cmake", *command, cwd=build)
         assert done.returncode == 0, done.stdout

@@ -89,7 +89,7 @@ class Rank:
             parts, dim = PROJECTIONS[name]
             linear.load([checkpoint[f"{i}.{part}"].shard(dim, rank, world) for part in parts], device)
         # Layers follow one another on one stream, so one workspace and one buffer per kind of projection serve them all.
-        # CUDA kernels find the workspace zeroed and leave it so: it is zeroed here, once, and by nobody afterwards.
+        # CUDA kernels want it zeroed before its first use, and leave it ready for the next: nobody zeroes it again.
         size = max(linear.workspace_size(BATCH) for linear in self.linears.values())
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         self.outputs = {
