@@ -24,8 +24,8 @@ OPS = INSTALLED / "liblowbit_ops.so"
 BINDINGS = Path(lowbit._C.__file__)
 TORCH = Path(torch.__file__).parent
 
-# Both libraries, stripped, and the wheel that holds them (test_cuda_library.py has the CUDA library). Kernels are instantiated per ISA: the budget is what
-# notices a template that got out of hand.
+# Both libraries, stripped, and the wheel that holds them; the CUDA library has its own test file. Kernels are instantiated
+# per ISA: the budget is what notices a template that got out of hand.
 LIBRARIES_BUDGET = 8 << 20
 WHEEL_BUDGET = 3 << 20
 
