@@ -67,6 +67,7 @@ def build(
     target: str = "lowbit_emulator",
     sanitize: str = "",
     one_format: bool = False,
+    ucontext: bool = False,
     csrc: Path | None = None,
     jobs: int = 0,
 ) -> Path:
@@ -82,6 +83,7 @@ def build(
         "CMAKE_BUILD_TYPE": "None",
         "SANITIZE": sanitize,
         "ONE_FORMAT": "ON" if one_format else "OFF",
+        "UCONTEXT": "ON" if ucontext else "OFF",
         "LOWBIT_CSRC": str(csrc or ROOT / "csrc"),
         "Python_EXECUTABLE": sys.executable,
         "LOWBIT_OPS_LIBRARY": "" if target == "self_test" else str(ops_library()),

@@ -1,0 +1,178 @@
+"""The emulator of CUDA kernels (tests/emulator): it computes what PTX says, and finds what is wrong with a kernel."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from emulator import build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator is tried on Linux only")
+
+SANITIZERS = "address,undefined"
+
+#: Mistakes in the kernels of emulator/self_test.cu, and what finds them: text of the error, "orders" (another order of
+#: threads gives other bits) or "NaN". The plain build and the sanitized one find them alike.
+FOUND = {
+    "missing_barrier": "NaN",
+    "missing_second_barrier": "orders",
+    "missing_sync_warp": "NaN",
+    "missing_sync_warp_before_ldmatrix": "NaN",
+    "exit_before_barrier": "divergent barrier: .*at sync_block .*thread 77 has returned",
+    "two_barriers": "divergent barrier: .*at sync_block .* is at sync_block",
+    "divergent_shuffle": "divergent collective: .*at shuffle_xor .*has returned",
+    "barrier_beside_sync_warp": "divergent collective: thread 5 is at sync_warp .* is at sync_block",
+    "missing_wait": "NaN",
+    "missing_commit": "NaN",
+    "refill_without_barrier": "orders",
+    "source_changes": "source of a cp.async changed while it was in flight",
+    "wait_for_too_few": "NaN",
+    "misaligned_copy": "source of a cp.async is not aligned to 16 bytes: it ends in 4",
+    "misaligned_ldmatrix": "ldmatrix_x4: the row's address is not aligned to 16 bytes",
+    "shared_copy": "a cp.async to byte 2048 of the 2048 bytes of shared memory",
+    "unwritten_shared": "NaN",
+    "race": "orders",
+    "block_race": "orders",
+    "missing_fence": "no fence_device between it and the block's writes",
+    "fp8_below_sm_89": "mma_e4m3 needs sm_89, this is sm_86",
+    "too_much_shared_memory": "101377 bytes of shared memory per block, the device has 101376",
+    "too_many_threads": "1025 threads per block",
+    "part_of_a_warp": "shuffle_xor in a warp of 16 threads",
+    "trap": "thread 12: __trap",
+}
+#: What the plain build alone says in an error of its own: there the sanitizer stops the process first.
+FOUND_PLAIN = {
+    "misaligned_vector": "an address that ends in 8, which is not aligned to 16 bytes",
+    "shared_write": "wrote past the 512 bytes of shared memory",
+}
+#: The line that the sanitizers complain about: a piece of its text.
+FOUND_SANITIZED = {
+    "misaligned_vector": "p.out[thread] = from->w;",
+    "shared_read": "p.out[thread] = shared[thread + 1 < kThreads || p.wrong ? thread + 1 : 0];",
+    "shared_write": "shared[thread + (p.wrong ? 1 : 0)] = p.in[thread];",
+    "global_read": "p.out[i] = p.in[i + (p.wrong ? 1 : 0)];",
+    "global_write": "p.out[i] = p.in[inside(i, p.n) ? i : 0];",
+    "global_copy": "ptx::cp_async_16(dynamic_shared() + 16 * thread, bytes > 0",
+}
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The self test without and with sanitizers."""
+    with ThreadPoolExecutor(2) as pool:
+        builds = [pool.submit(build.build, "self_test", sanitize, jobs=1) for sanitize in ("", SANITIZERS)]
+        return {"plain": builds[0].result(), "sanitized": builds[1].result()}
+
+
+def run(program, *words):
+    return subprocess.run(
+        [program, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **build.SANITIZER_OPTIONS},
+    )
+
+
+def names(kind):
+    """Of the checks or planted mistakes, read from the source, because collecting must not compile."""
+    texts = [path.read_text() for path in sorted(Path(build.HERE).glob("self_test*.cu"))]
+    table = r"kPlanted = \{(.*?)\n\};" if kind == "planted" else r"Checks = \{(.*?)\n\};"
+    return [name for text in texts for rows in re.findall(table, text, re.S) for name in re.findall(r'\{"(\w+)"', rows)]
+
+
+def signatures(text):
+    """(name, types of the parameters) of the functions declared in a PTX header."""
+    text = re.sub(r"//.*", "", text)
+    text = text[text.index("namespace lowbit::cuda::ptx") :]
+    found = set()
+    head = r"^(?:__device__ )?(?:inline |constexpr )*(?:void|float|double|bool|u?int\w*) (\w+)"
+    for name, parameters in re.findall(head + r"\(((?:[^()]|\([^()]*\))*)\)(?=;| \{)", text, re.M):
+        kinds = []
+        for parameter in re.sub(r"\s+", " ", parameters).split(", "):
+            if parameter and not parameter.startswith("Site "):
+                kind = re.match(r"(?:const )?\w+(?: ?\*| \(&\w*\)\[\d\])?", parameter)
+                assert kind, parameter
+                kinds.append(re.sub(r"\(&\w*\)", "(&)", kind.group()).replace(" *", "*"))
+        found.add((name, *kinds))
+    return found
+
+
+def test_defines_every_ptx_function_and_no_other():
+    device = signatures((ROOT / "csrc/cuda/ptx.cuh").read_text())
+    emulated = signatures((ROOT / "tests/emulator/ptx.h").read_text())
+    assert len(device) > 30, "the pattern finds too few"
+    assert device == emulated
+
+
+@pytest.mark.parametrize("name", names("check"))
+def test_agrees_with_plain_arithmetic(programs, name):
+    assert run(programs["plain"], "check", name).stdout == "ok\n"
+
+
+@pytest.mark.parametrize("kind", ["plain", "sanitized"])
+@pytest.mark.parametrize("name", names("planted"))
+def test_accepts_a_kernel_without_the_mistake(programs, kind, name):
+    """Without NaN and with the same bits in every order."""
+    done = run(programs[kind], "planted", name, "right")
+    outcomes = done.stdout.splitlines()
+    assert done.returncode == 0 and len(outcomes) == 5, done.stderr
+    assert len(set(outcomes)) == 1 and re.fullmatch(r"bits \w+ nans 0", outcomes[0]), outcomes
+
+
+@pytest.mark.parametrize("kind", ["plain", "sanitized"])
+@pytest.mark.parametrize("name", FOUND)
+def test_finds(programs, kind, name):
+    outcomes = run(programs[kind], "planted", name, "wrong").stdout.splitlines()
+    assert len(outcomes) == 5
+    if FOUND[name] == "orders":
+        assert len(set(outcomes)) > 1, outcomes
+    elif FOUND[name] == "NaN":
+        assert not all(outcome.endswith("nans 0") for outcome in outcomes), outcomes
+    else:
+        for outcome in outcomes:
+            assert re.search(FOUND[name], outcome), outcome
+
+
+@pytest.mark.parametrize("name", FOUND_PLAIN)
+def test_finds_without_a_sanitizer(programs, name):
+    for outcome in run(programs["plain"], "planted", name, "wrong").stdout.splitlines():
+        assert re.search(FOUND_PLAIN[name], outcome), outcome
+
+
+@pytest.mark.parametrize("name", FOUND_SANITIZED)
+def test_finds_with_a_sanitizer(programs, name):
+    """The report's first frame outside of the emulator is the faulty line."""
+    done = run(programs["sanitized"], "planted", name, "wrong")
+    assert done.returncode != 0 and done.stdout == ""
+    lines = [int(number) for number in re.findall(r"self_test\.cu:(\d+)", done.stderr)]
+    source = Path(build.HERE, "self_test.cu").read_text().splitlines()
+    text = re.sub(r"\s+", "", "".join(source[lines[0] - 1 : lines[0] + 1]))
+    assert re.sub(r"\s+", "", FOUND_SANITIZED[name]) in text, (text, done.stderr)
+
+
+def test_every_planted_mistake_is_looked_for():
+    assert set(names("planted")) == set(FOUND) | set(FOUND_PLAIN) | set(FOUND_SANITIZED)
+
+
+def test_messages_name_kernel_block_thread_and_line(programs):
+    outcome = run(programs["plain"], "planted", "source_changes", "wrong").stdout.splitlines()[0]
+    assert re.fullmatch(
+        r"error planted: block \(0, 0, 0\), thread 0: the source of .* \(tests/emulator/self_test\.cu:\d+\)", outcome
+    )
+
+
+@pytest.mark.slow
+def test_runs_without_assembly_for_the_machine():
+    program = build.build("self_test", ucontext=True)
+    for name in ("mma_f16", "block_orders"):
+        assert run(program, "check", name).stdout == "ok\n"
+    assert "divergent barrier" in run(program, "planted", "exit_before_barrier", "wrong").stdout
