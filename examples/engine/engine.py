@@ -71,7 +71,10 @@ class Linear:
 
     def workspace_size(self, M: int) -> int:
         """Bytes of scratch that gemm_out takes for M rows on this device."""
-        device = () if self.w.device.type == "cpu" else (self.w.device.type,)
+        device = []
+        if self.w.is_cuda:  # how work is split, and so what is added up afterwards, depends on the multiprocessors
+            about = torch.cuda.get_device_properties(self.w.device)
+            device = [f"sm_{about.major}{about.minor}:{about.multi_processor_count}"]
         return _C.workspace_size("gemm_out", M, self.N, self.K, self.desc, *device)
 
     def __call__(self, x: Tensor, out: Tensor, workspace: Tensor) -> None:
