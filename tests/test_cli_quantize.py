@@ -238,9 +238,9 @@ def test_nothing_but_ordinary_files_matter_in_natural_order(tmp_path: Path) -> N
     tensors = {f"layers.{i}.fc.weight": torch.randn(8, 32) for i in (0, 10, 2, 1)}
     assert quantize(write_checkpoint(tmp_path / "model", tensors), tmp_path / "out", "--quiet") == 0
     assert list(layers_of(tmp_path / "out")) != []
-    from lowbit.commands._source import open_checkpoint
+    from lowbit.formats._source import open_source
 
-    with open_checkpoint(tmp_path / "model") as checkpoint:
+    with open_source(tmp_path / "model") as checkpoint:
         assert list(checkpoint.tensors) == [f"layers.{i}.fc.weight" for i in (0, 1, 2, 10)]
 
 

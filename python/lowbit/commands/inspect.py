@@ -13,8 +13,8 @@ from lowbit._artifact import Manifest
 from lowbit._progress import Advance, progress_bar
 from lowbit._safetensors import SafetensorsFile, TensorInfo
 from lowbit.commands import _output
-from lowbit.commands._source import open_checkpoint
 from lowbit.errors import ArtifactError, FormatError
+from lowbit.formats._source import open_source
 from lowbit.report import format_bytes
 from lowbit.scheme import Scheme
 from lowbit.weight import _METADATA_KEY
@@ -135,7 +135,7 @@ def _verify_file(manifest: Manifest, shard: str, advance: Advance) -> None:
 
 
 def _inspect_folder(root: Path) -> dict[str, Any]:
-    with open_checkpoint(root) as checkpoint:
+    with open_source(root) as checkpoint:
         homes = {name: checkpoint.file_of(name) for name in checkpoint.tensors}
         tensors = _entries(checkpoint.tensors, homes)
         sizes = {name: (root / name).stat().st_size for name in dict.fromkeys(homes.values())}

@@ -17,8 +17,8 @@ from lowbit._artifact import Item, Layer
 from lowbit._progress import Advance, progress_bar
 from lowbit.commands import _output, _staging
 from lowbit.commands._plan import Override, Plan, make_plan
-from lowbit.commands._source import Checkpoint, is_weight_file, open_checkpoint, read_json
 from lowbit.errors import ArtifactError
+from lowbit.formats._source import Source, is_weight_file, open_source, read_json
 from lowbit.report import LayerReport, QuantizeReport
 from lowbit.scheme import PRESETS, Scheme
 from lowbit.weight import QuantizedWeight
@@ -122,9 +122,11 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     if (args.model / _artifact.MANIFEST).exists():
         raise ArtifactError(f"{args.model}: is a lowbit artifact, and quantized already")
+    if args.model.is_file():
+        raise ArtifactError(f"{args.model}: not a folder")
     _staging.check_target(args.out, args.model, args.force)
     scheme, overrides = _with_search(args.scheme, args.overrides, args.search)
-    with open_checkpoint(args.model) as checkpoint:
+    with open_source(args.model) as checkpoint:
         plan = make_plan(checkpoint.tensors, scheme, overrides, read_json(args.model / "config.json"), args.strict)
         copied, left = _side_files(args.model, args.out)
         total = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -181,7 +183,7 @@ def _same_folder(a: Path, b: Path) -> bool:
 class _Work:
     """The items to write, in the checkpoint's order; each reads and quantizes its tensor when its turn comes."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, advance: Advance) -> None:
+    def __init__(self, checkpoint: Source, plan: Plan, advance: Advance) -> None:
         self._checkpoint, self._plan, self._advance = checkpoint, plan, advance
         self._rows: dict[str, LayerReport] = {}
         self.layers = {
