@@ -67,6 +67,8 @@ def test_it_runs_as_a_script(tmp_path: Path) -> None:
 def test_it_runs_on_the_gpu(engine: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("lowbit::gemm_out", "CUDA"):
+        pytest.skip("lowbit was built without CUDA")
     for dtype in ("bfloat16", "float16"):
         assert engine.main(["--device", "cuda", "--dtype", dtype]) == 0, capsys.readouterr().out
 
