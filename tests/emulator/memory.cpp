@@ -99,23 +99,32 @@ uint4 load_once(const uint4* from, Site at) {
 
 void fence_device() {
   Thread& thread = this_thread();
-  ++thread.fences;
-  thread.fenced_at = thread.block->barriers + 1;
+  thread.fenced_at = thread.block->barriers;
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
-// A counter tells other blocks that this one's results are written. They are visible before it only when a fence stands
-// between: this thread's, behind the last barrier; or one of every thread, before it. The CPU that runs this would not
-// show the difference, hence the check.
+// A counter tells other blocks that this one's results are written. They are visible before it in two cases: every thread
+// has a fence behind its writes, and a barrier follows; or a barrier is followed by a fence of the thread that counts. The
+// CPU that runs this would not show the difference, hence the check.
 uint32_t atomic_increment(uint32_t* counter, Site at) {
   Thread& thread = this_thread();
   Block& block = *thread.block;
-  bool every = true;
-  for (const Thread& other : block.threads) every = every && other.fences > 0;
-  if (!every && thread.fenced_at != block.barriers + 1) {
-    fail_here("an atomic_increment with no fence_device between it and the block's writes", at);
+  const int64_t now = block.barriers;
+  bool others = false, all = true, early = true;
+  for (const Thread& other : block.threads) {
+    const bool fenced = other.fenced_at >= block.counted_at;
+    others = others || (fenced && &other != &thread);
+    all = all && fenced;
+    early = early && other.fenced_at < now;
   }
-  for (Thread& other : block.threads) other.fences = 0;
+  if (others ? !(all && early) : thread.fenced_at <= block.counted_at) {
+    fail_here(
+        "an atomic_increment without a fence_device and a sync_block between it and the block's "
+        "writes",
+        at);
+  }
+  block.counted_at = now;
+  for (Thread& other : block.threads) other.fenced_at = -1;
   return __atomic_fetch_add(counter, 1u, __ATOMIC_SEQ_CST);
 }
 

@@ -318,7 +318,7 @@ void Block::prepare(const Call& to_run, const Settings& with, cuda::Grid grid, i
 void Block::run(Dim index) {
   std::memset(shared_allocation, kGuard, static_cast<size_t>(shared_bytes + 2 * kGuardBytes));
   std::memset(shared, settings.poison, static_cast<size_t>(shared_bytes));
-  barriers = 0;
+  barriers = counted_at = 0;
   at_barrier = nullptr;
   const uint64_t linear = index.x + uint64_t{index.y} * 0x10001u + uint64_t{index.z} * 0x3000001u;
   random.state = settings.seed * 0x2545f4914f6cdd1du + linear;
@@ -327,7 +327,7 @@ void Block::run(Dim index) {
     thread.state = State::kRunnable;
     thread.copies.clear();
     thread.open_group = 0;
-    thread.fences = thread.fenced_at = 0;
+    thread.fenced_at = -1;
   }
   for (Warp& warp : warps) {
     warp.at_collective = warp.at_barrier = warp.ended = 0;

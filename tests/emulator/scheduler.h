@@ -54,8 +54,8 @@ struct Thread : Place {
   const Collective* collective;
   std::vector<Copy> copies;  // in flight, oldest first
   int64_t open_group;        // the group that the next commit closes
-  uint64_t fences;           // since the block's last atomic_increment
-  uint64_t fenced_at;        // barriers the block had passed at the last fence, plus one
+  int64_t
+      fenced_at;  // barriers that the block had passed at the last fence; -1: none since the last count
 };
 
 struct Warp {
@@ -87,7 +87,8 @@ struct Block {
   uint8_t* shared_allocation = nullptr;
   uint8_t* shared = nullptr;
   int64_t shared_bytes = 0;
-  uint64_t barriers = 0;               // passed by this block
+  int64_t barriers = 0;                // passed by this block
+  int64_t counted_at = 0;              // barriers at the last atomic_increment
   const Thread* at_barrier = nullptr;  // the first to arrive
   std::string error;
 

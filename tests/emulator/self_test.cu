@@ -228,12 +228,13 @@ __global__ void block_race_kernel(const Params p) {
 }
 
 // The last block to arrive adds what the others have written.
+template <bool kFence>
 __global__ void counter_kernel(const Params p) {
   const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
   auto* shared = reinterpret_cast<uint32_t*>(dynamic_shared());
   p.out[1 + block * kThreads + thread] = p.in[thread] + static_cast<float>(block);
-  if (!p.wrong) ptx::fence_device();
-  ptx::sync_block();
+  if (!p.wrong || !kFence) ptx::fence_device();
+  if (!p.wrong || kFence) ptx::sync_block();
   if (thread == 0) shared[0] = ptx::atomic_increment(p.counter);
   ptx::sync_block();
   if (shared[0] + 1 != gridDim.x) return;
@@ -345,7 +346,8 @@ const std::vector<Planted> kPlanted = {
     {"global_copy", run<global_copy_kernel, 1, 420, kThreads, 16 * kThreads>},
     {"race", run<race_kernel>},
     {"block_race", run<block_race_kernel, 40>},
-    {"missing_fence", run<counter_kernel, 6, kThreads, 1 + 6 * kThreads>},
+    {"missing_fence", run<counter_kernel<true>, 6, kThreads, 1 + 6 * kThreads>},
+    {"missing_barrier_before_count", run<counter_kernel<false>, 6, kThreads, 1 + 6 * kThreads>},
     {"fp8_below_sm_89", run_fp8},
     {"too_much_shared_memory", run_shared_size},
     {"too_many_threads", run_thread_count},

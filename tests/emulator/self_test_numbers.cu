@@ -216,6 +216,7 @@ struct GridParams {
 };
 
 __global__ void order_kernel(const GridParams p) {
+  ptx::sync_block();
   if (threadIdx.x != 0) return;
   ptx::fence_device();
   const uint32_t block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
