@@ -1,0 +1,21 @@
+// The quantizer's rules (quantize/rules-inl.h) for device code. Files that include this are compiled with -fmad=false.
+#pragma once
+
+#include <cstdint>
+
+#include "common/enums.h"
+#include "cuda/device.cuh"
+
+#define LOWBIT_HD __host__ __device__
+#if defined(LOWBIT_EMULATOR)
+#define LOWBIT_UNROLL _Pragma("GCC unroll 16")
+#else
+#define LOWBIT_UNROLL _Pragma("unroll")
+#endif
+
+namespace lowbit::cuda::rules {
+#include "quantize/rules-inl.h"
+}  // namespace lowbit::cuda::rules
+
+#undef LOWBIT_HD
+#undef LOWBIT_UNROLL
