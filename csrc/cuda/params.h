@@ -67,6 +67,7 @@ struct GemmParams {
   RowsParams x;
   OutParams y;
   Schedule schedule;
+  int32_t stages;  // of the ring in shared memory, for kernels that let the device decide (stages.h)
 };
 
 }  // namespace lowbit::cuda

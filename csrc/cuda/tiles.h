@@ -27,9 +27,9 @@ inline constexpr Tile kTiles[] = {
     //  kernel            name            rows tokens step  n  m  k  stages blocks
     {Kernel::kStream, "stream_m8", 64, 8, 64, 1, 1, 8, 4, 2},
     {Kernel::kStream, "stream_m16", 64, 16, 64, 1, 1, 8, 4, 2},
-    {Kernel::kMatrix, "matrix_m32", 128, 32, 64, 2, 1, 2, 4, 2},
-    {Kernel::kMatrix, "matrix_m64", 128, 64, 64, 2, 2, 1, 4, 2},
-    {Kernel::kMatrix, "matrix_m128", 128, 128, 64, 2, 2, 1, 4, 2},
+    {Kernel::kMatrix, "matrix_m32", 256, 32, 64, 4, 1, 2, 4, 1},
+    {Kernel::kMatrix, "matrix_m64", 256, 64, 64, 4, 1, 2, 4, 1},
+    {Kernel::kMatrix, "matrix_m128", 256, 128, 64, 4, 2, 1, 4, 1},
     {Kernel::kA8Int, "a8_int_m16", 64, 16, 128, 1, 1, 4, 3, 2},
     {Kernel::kA8Int, "a8_int_m64", 128, 64, 128, 2, 2, 1, 3, 2},
     {Kernel::kA8Int, "a8_int_m128", 128, 128, 128, 2, 2, 1, 3, 2},
@@ -41,5 +41,16 @@ inline constexpr Tile kTiles[] = {
     {Kernel::kGeneralGrad, "general", 1, 1, 1, 1, 1, 1, 1, 1},
 };
 inline constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+
+// The row of a name, for templates that take its index.
+constexpr int tile_index(const char* name) {
+  for (int i = 0; i < kTileCount; ++i) {
+    const char *a = kTiles[i].name, *b = name;
+    for (; *a != 0 && *a == *b; ++a, ++b) {
+    }
+    if (*a == *b) return i;
+  }
+  return -1;
+}
 
 }  // namespace lowbit::cuda

@@ -1,0 +1,39 @@
+// Which instantiations exist: all formats and both 16-bit types, or, for builds of the emulator that repeat every test
+// under a sanitizer or a mutation, a one-plane and a two-plane format in bf16.
+#pragma once
+
+#include "common/enums.h"
+#include "cuda/float16.cuh"
+#include "cuda/runtime.h"
+
+#if defined(LOWBIT_EMULATOR_ONE_FORMAT)
+#define LOWBIT_FOR_INT34(X) X(Format::kInt3) X(Format::kInt4)
+#define LOWBIT_FOR_INT256(X)
+#define LOWBIT_FOR_BYTES(X)
+#define LOWBIT_FOR_FP4_NF4(X)
+#else
+#define LOWBIT_FOR_INT34(X) X(Format::kInt3) X(Format::kInt4)
+#define LOWBIT_FOR_INT256(X) X(Format::kInt2) X(Format::kInt5) X(Format::kInt6)
+#define LOWBIT_FOR_BYTES(X) X(Format::kInt8) X(Format::kFp8E4m3) X(Format::kFp8E5m2)
+#define LOWBIT_FOR_FP4_NF4(X) X(Format::kFp4E2m1) X(Format::kNf4)
+#endif
+
+#define LOWBIT_FOR_EACH_FORMAT(X) \
+  LOWBIT_FOR_INT34(X) LOWBIT_FOR_INT256(X) LOWBIT_FOR_BYTES(X) LOWBIT_FOR_FP4_NF4(X)
+
+namespace lowbit::cuda {
+
+// What launchers report, in CUDA's numbers, where this build has no kernel: cudaErrorInvalidDeviceFunction.
+inline constexpr int kNotCompiled = 98;
+
+// Calls run(Float16{}) or run(BFloat16{}).
+template <class Run>
+void with_type(const char* name, Element type, Run run) {
+#if !defined(LOWBIT_EMULATOR_ONE_FORMAT)
+  if (type == Element::kFloat16) return run(Float16{});
+#endif
+  if (type != Element::kBFloat16) check_launch(name, kNotCompiled);
+  run(BFloat16{});
+}
+
+}  // namespace lowbit::cuda

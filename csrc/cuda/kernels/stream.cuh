@@ -1,0 +1,264 @@
+// GEMM for few tokens (M <= 16): y[M, N] = x[M, K] W[N, K]^T + bias, bound by the bytes of W.
+//
+// A block computes a strip of 64 output rows. Its eight warps take turns at the steps of 64 k:
+//
+//   steps of the block's range   0    1    2    3    4    5    6    7    8    9   ...
+//   warp                         0    1    2    3    4    5    6    7    0    1   ...
+//
+// so that neighbouring warps read neighbouring memory, and each warp has a ring of stages of its own: it issues copies,
+// waits for them and refills what it has read, without ever waiting for another warp. What is in flight is then up to
+// 16 warps x 3 steps x 2 KB of codes on a multiprocessor: twice what latency x bandwidth asks for on an H200.
+//
+// Weights are mma's A operand, 16 output rows, and tokens its B operand, 8 columns: one mma per 16 x 16 weights serves up
+// to eight tokens, and no decoded weight is wasted. Codes are multiplied as exact 16-bit numbers. A group's fp32 sums are
+// multiplied by its scale, which costs 1/8 of an instruction per weight with 8 tokens and rounds nothing.
+//
+// After the last step the warps' sums are added in the order of warps, then, where blocks share the strip, the blocks'
+// sums in the order of K. Both orders are fixed: the same call gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/epilogue.cuh"
+#include "cuda/kernels/formats.h"
+#include "cuda/launch.cuh"
+#include "cuda/launchers.h"
+#include "cuda/pipeline.cuh"
+#include "cuda/scales.cuh"
+#include "cuda/schedule.cuh"
+#include "cuda/stages.h"
+
+namespace lowbit::cuda {
+
+// One warp's work: kTokens columns of sums for the 64 rows of a strip.
+template <Format kFormat, class T, int kTokens, int kWarps>
+class StreamWarp {
+ public:
+  static constexpr int kBlocks8 = kTokens / 8;  // of tokens, as mma takes them
+  using Words = typename Codec<kFormat>::Words;
+
+  __device__ StreamWarp(const GemmParams& p, const StageLayout& layout)
+      : p_(p),
+        layout_(layout),
+        warp_(static_cast<int>(threadIdx.x) / 32),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        ring_(dynamic_shared() + warp_ * p.stages * layout.bytes),
+        copy_(lane_, p.schedule.tiles_m == 1),
+        group_of_(p.w),
+        cells_((p.w.K + kCellK - 1) / kCellK),
+        scale_sums_(!has_fractions(p.w)) {}
+
+  // sums[fragment][8 tokens][register of D] = this warp's steps of the segment.
+  __device__ void multiply(const Segment& segment, float (&sums)[kFragments][kBlocks8][4]) {
+    clear(sums);
+    if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
+    int fetched = segment.first + warp_, filled = 0, read = 0;
+    for (int j = 0; j < p_.stages - 1; ++j) fetch(segment, fetched, filled);
+    for (int step = segment.first + warp_; step < segment.last; step += kWarps) {
+      wait_for_oldest(p_.stages);
+      ptx::sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
+      fetch(segment, fetched, filled);
+      multiply_step(ring_ + read * layout_.bytes, step, sums);
+      advance(read);
+    }
+    ptx::cp_async_wait<0>();
+  }
+
+  // Adds the warps' sums; this thread's are values[2 * j], values[2 * j + 1], at (token(j), row()) and the row after.
+  __device__ void add_warps(const float (&sums)[kFragments][kBlocks8][4],
+                            float (&values)[2 * kBlocks8]) const {
+    float* exchange = reinterpret_cast<float*>(dynamic_shared());
+    float* own = exchange + warp_ * kTokens * kPaddedRows;
+    const int g = lane_ / 4, t = lane_ % 4;
+    ptx::sync_block();  // the exchange lies over rings that other warps may still read
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+#pragma unroll
+      for (int b = 0; b < kBlocks8; ++b) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          own[(8 * b + 2 * t + r % 2) * kPaddedRows + 16 * i + g + 8 * (r / 2)] = sums[i][b][r];
+      }
+    }
+    ptx::sync_block();
+#pragma unroll
+    for (int j = 0; j < kBlocks8; ++j) {
+      float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(
+            exchange + (w * kTokens + token(j)) * kPaddedRows + row());
+        sum.x += part.x;
+        sum.y += part.y;
+      }
+      values[2 * j] = sum.x;
+      values[2 * j + 1] = sum.y;
+    }
+  }
+
+  __device__ int row() const { return 2 * lane_; }
+  __device__ int token(int j) const { return warp_ + kWarps * j; }
+
+ private:
+  using Sums = float[kFragments][kBlocks8][4];
+
+  static __device__ void clear(Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+#pragma unroll
+      for (int b = 0; b < kBlocks8; ++b) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sums[i][b][r] = 0.0f;
+      }
+    }
+  }
+
+  __device__ void advance(int& slot) const { slot = slot + 1 == p_.stages ? 0 : slot + 1; }
+
+  // Starts the copies of this warp's next step, if there is one; always a group of copies, so that waiting can count.
+  __device__ void fetch(const Segment& segment, int& step, int& slot) const {
+    if (step < segment.last) {
+      uint8_t* stage = ring_ + slot * layout_.bytes;
+      const StepGroups groups = groups_of_step(p_.w, group_of_, step);
+      fetch_strip<kFormat>(p_.w, segment.tile_n, step, groups, copy_, stage,
+                           stage + layout_.scales, stage + layout_.zeros);
+      fetch_tokens<kTokens, 32>(p_.x, p_.w.K, segment.tile_m * kTokens, step, lane_,
+                                stage + layout_.x);
+      step += kWarps;
+      advance(slot);
+    }
+    ptx::cp_async_commit();
+  }
+
+  // B fragments: with 16 tokens of one cell, with 8 tokens of this cell and the next.
+  __device__ void load_tokens(const uint8_t* x, int cell, uint32_t (&b)[4]) const {
+    const int matrix = lane_ / 8;
+    const int token = lane_ % 8 + (kBlocks8 == 2 ? 8 * (matrix / 2) : 0);
+    const int piece = 2 * cell + (kBlocks8 == 2 ? matrix % 2 : matrix);
+    ptx::ldmatrix_x4(b, x + swizzled(token, piece));
+  }
+
+  __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {
+    const int g = lane_ / 4;
+    const int first_group = group_of_(step * kStepCells);
+    int group = -1;  // of the cell before
+    float part[kFragments][kBlocks8][4];
+    uint32_t b[4];
+    GroupRows rows{};
+#pragma unroll
+    for (int c = 0; c < kStepCells; ++c) {
+      const int cell = step * kStepCells + c;
+      if (!inside(cell, cells_)) break;
+      if (const int of_cell = group_of_(cell); of_cell != group) {
+        if (c > 0) add_group(rows, part, sums);
+        group = of_cell;
+        const int at = group - first_group;
+        rows.scales = stage + layout_.scales + at * p_.w.scale_row_bytes;
+        rows.zeros = stage + layout_.zeros + at * p_.w.zero_row_bytes;
+        if (p_.w.zero_kind == ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, rows.zeros, g, zeros_);
+        clear(part);
+      }
+      if (kBlocks8 == 2 || c % 2 == 0) load_tokens(stage + layout_.x, c, b);
+      Words words;
+      load_cell<kFormat, kStepCells>(stage, c, lane_, words);
+#pragma unroll
+      for (int i = 0; i < kFragments; ++i) {
+        uint32_t a[4];
+        Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
+        if (!scale_sums_) scale_floats<kFormat, T>(p_.w, words, i, rows, g, a);
+        constexpr int next = kBlocks8 == 2 ? 0 : 2;  // registers of b from one cell to the next
+        T::mma(part[i][0], a, b[c % 2 * next], b[c % 2 * next + 1]);
+        if constexpr (kBlocks8 == 2) T::mma(part[i][1], a, b[2], b[3]);
+      }
+    }
+    add_group(rows, part, sums);
+  }
+
+  // sums += scale * part, or += part where weights were scaled before.
+  __device__ void add_group(const GroupRows& rows, const Sums& part, Sums& sums) const {
+    const int g = lane_ / 4;
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      float scale[2] = {1.0f, 1.0f};
+      if (scale_sums_)
+        load_numbers(rows.scales, 8 * g + 2 * i, p_.w.scale_dtype, p_.w.one_scale, scale);
+#pragma unroll
+      for (int b = 0; b < kBlocks8; ++b) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          sums[i][b][r] = ptx::fma_rn(part[i][b][r], scale[r / 2], sums[i][b][r]);
+      }
+    }
+  }
+
+  const GemmParams& p_;
+  const StageLayout& layout_;
+  const int warp_, lane_;
+  uint8_t* const ring_;
+  const Copier<32> copy_;
+  const GroupOfCell group_of_;
+  const int cells_;
+  const bool scale_sums_;
+  uint32_t zeros_[kLaneRows] = {};
+};
+
+// kTile is the shape's row in kTiles.
+template <Format kFormat, class T, int kTile>
+__global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].blocks_per_sm)
+    stream_kernel(const GemmParams p, const StageLayout layout) {
+  constexpr Tile tile = kTiles[kTile];
+  static_assert(tile.rows == kStripRows && tile.step == kStep, "a strip, in steps of half a tile");
+  static_assert(tile.tokens == 8 || tile.tokens == 16, "one or two column blocks of mma");
+  static_assert(tile.tokens % tile.warps() == 0, "warps store whole tokens");
+  constexpr int warps = tile.warps();
+
+  StreamWarp<kFormat, T, tile.tokens, warps> warp(p, layout);
+  uint32_t* const elected = reinterpret_cast<uint32_t*>(dynamic_shared());
+  Share share(p.schedule, blockIdx.x);
+  for (Segment segment; share.next(segment); ptx::sync_block()) {
+    float sums[kFragments][tile.tokens / 8][4];
+    warp.multiply(segment, sums);
+    float values[tile.tokens / 4];
+    warp.add_warps(sums, values);
+    if (!segment.whole) {
+      ptx::sync_block();  // the word of the election lies over the exchange
+      if (!sum_segments<32 * warps>(p.schedule, segment, blockIdx.x, values, elected)) continue;
+    }
+#pragma unroll
+    for (int j = 0; j < tile.tokens / 8; ++j) {
+      const int m = segment.tile_m * tile.tokens + warp.token(j);
+      float row[2] = {values[2 * j], values[2 * j + 1]};
+      if (inside(m, p.x.M)) store_row(p.y, m, segment.tile_n * kStripRows + warp.row(), p.w.N, row);
+    }
+  }
+}
+
+// Starts the kernel of a format and a tile for x's type.
+template <Format kFormat, int kTile>
+void start_stream(const GemmParams& p, Stream stream) {
+  constexpr Tile tile = kTiles[kTile];
+  const StageLayout layout = stage_layout(tile, p.w);
+  const Grid grid{static_cast<uint32_t>(p.schedule.blocks)};
+  with_type(tile.name, p.x.type, [&](auto type) {
+    launch(tile.name, stream_kernel<kFormat, decltype(type), kTile>, grid, tile.threads(),
+           shared_bytes(tile, layout, p.stages), stream, p, layout);
+  });
+}
+
+inline constexpr int kStreamM8 = tile_index("stream_m8"), kStreamM16 = tile_index("stream_m16");
+
+// Instantiated by stream_*.cu, a few formats each.
+template <Format kFormat>
+void run_stream(const GemmParams& p, int tile, Stream stream);
+
+#define LOWBIT_INSTANTIATE_STREAM(format)                                 \
+  template <>                                                             \
+  void run_stream<format>(const GemmParams& p, int tile, Stream stream) { \
+    if (tile == kStreamM8) {                                              \
+      start_stream<format, kStreamM8>(p, stream);                         \
+    } else {                                                              \
+      start_stream<format, kStreamM16>(p, stream);                        \
+    }                                                                     \
+  }
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,86 @@
+// What a step of K takes of shared memory in the stream and matrix kernels, and how many steps fit: host and device.
+//
+//   stage = codes of the step, strip by strip, plane by plane | x [tokens][step] | rows of scales | rows of zeros
+//
+// where a strip has as many rows of scales as groups a step can touch. A kernel's shared memory is a ring of stages; the
+// sums that warps exchange after the last step lie over it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/tiles.h"
+#include "packing/cuda_tile64.h"
+
+namespace lowbit::cuda {
+
+struct StageLayout {
+  int32_t x, scales, zeros;  // bytes from the stage's start; the codes stand at 0
+  int32_t bytes;             // of the stage
+  int32_t groups;            // the most that a step touches
+};
+
+// A group is a multiple of 16: a step can begin in its last 16.
+constexpr int step_groups(int64_t group_size, int step) {
+  if (step % group_size == 0) return static_cast<int>(step / group_size);
+  if (group_size % step == 0) return 1;
+  return static_cast<int>(1 + (step - kCellK + group_size - 1) / group_size);
+}
+
+// `Weight` is CudaTile64 or WeightParams.
+template <class Weight>
+constexpr StageLayout stage_layout(const Tile& tile, const Weight& w) {
+  const int strips = tile.rows / kStripRows;
+  StageLayout stage{};
+  stage.groups = w.groups == 1 ? 1 : step_groups(w.group_size, tile.step);
+  stage.x = strips * kStripRows * tile.step * w.bits / 8;
+  stage.scales = stage.x + tile.tokens * tile.step * 2;
+  stage.zeros = stage.scales + strips * stage.groups * static_cast<int>(w.scale_row_bytes);
+  stage.bytes = stage.zeros + strips * stage.groups * static_cast<int>(w.zero_row_bytes);
+  return stage;
+}
+
+// Stream: every warp has a ring to itself. Matrix: one ring, in which the block's slices of K share each stage.
+constexpr int rings(const Tile& tile) { return tile.kernel == Kernel::kStream ? tile.warps() : 1; }
+
+// Sums that change hands between warps when all steps are done, and a word for the election (schedule.cuh).
+//   stream   all sums of every warp, [tokens][64 rows], to be added in the order of warps
+//   matrix   where two slices of K meet, half the sums of every warp; then, 8 tokens at a time, sums on their way to y
+inline constexpr int kPaddedRows = kStripRows + 4;  // the four spread a warp's fragment over all banks
+constexpr int64_t exchange_bytes(const Tile& tile) {
+  const int64_t tokens = tile.tokens / tile.warps_m;
+  const int64_t stored = 8 * kPaddedRows * 4;
+  const int64_t warp = tile.kernel == Kernel::kStream ? tokens * kPaddedRows * 4
+                       : tile.warps_k == 2            ? std::max(tokens / 2 * kStripRows * 4, stored)
+                                                      : stored;
+  return warp * tile.warps() + 16;
+}
+
+constexpr int64_t shared_bytes(const Tile& tile, const StageLayout& stage, int stages) {
+  return std::max(int64_t{rings(tile)} * stages * stage.bytes, exchange_bytes(tile));
+}
+
+// How deep a kernel's ring is on a device. No stages: its shared memory does not hold the two that the kernel needs.
+struct Residency {
+  int stages;
+  int blocks_per_sm;
+  int64_t shared_bytes;  // of a block
+};
+
+// Two blocks on a multiprocessor before deeper rings: while one block starts, sums or stores, the other one reads.
+template <class Weight>
+constexpr Residency residency(const Tile& tile, const Weight& weight, int64_t shared_per_block,
+                              int64_t shared_per_sm) {
+  const StageLayout stage = stage_layout(tile, weight);
+  for (int blocks = tile.blocks_per_sm; blocks >= 1; --blocks) {
+    // A block costs the multiprocessor 1 KB more than it asks for.
+    const int64_t room = std::min(shared_per_block, shared_per_sm / blocks - 1024);
+    for (int stages = tile.stages; stages >= 2; --stages) {
+      const int64_t bytes = shared_bytes(tile, stage, stages);
+      if (bytes <= room) return {stages, blocks, bytes};
+    }
+  }
+  return {0, 0, 0};
+}
+
+}  // namespace lowbit::cuda
