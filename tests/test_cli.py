@@ -159,7 +159,9 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert library["bytes"] == os.path.getsize(library["path"])
         assert library["loaded"]
     cuda = found["libraries"]["liblowbit_cuda"]
-    assert cuda["path"] or "CUDA" in cuda["why"]
+    assert cuda["loaded"] or "CUDA" in cuda["why"]
+    assert found["cuda"]["loaded"] == cuda["loaded"]
+    assert bool(found["cuda"]["built_with"]) == bool(found["cuda"]["architectures"])
 
 
 def test_info_does_not_touch_cuda() -> None:
@@ -179,7 +181,9 @@ sys.exit(main(["info", "--json"]))
     assert json.loads(done.stdout)["devices"]["cuda"] != "torch is built without CUDA"
 
 
-def test_info_lists_gpus_as_the_driver_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_lists_gpus_as_the_driver_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 9.0, 143771 MiB, 580.95.05'\n")
     tool.chmod(0o755)
@@ -187,13 +191,31 @@ def test_info_lists_gpus_as_the_driver_names_them(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     from lowbit.commands import info
 
-    (gpu,) = info.collect()["devices"]["cuda"]["gpus"]
+    real = _C.build_info()
+    build = {**real, "cuda": "13.0", "cuda_archs": "80 90a 80-ptx 90-ptx"}
+    monkeypatch.setattr(info._C, "build_info", lambda: build)
+    monkeypatch.setattr(info, "_multiprocessors", lambda index, capability: 132)
+    found = info.collect()
+    (gpu,) = found["devices"]["cuda"]["gpus"]
     assert gpu == {
         "name": "NVIDIA H200",
         "compute_capability": "9.0",
         "memory": "143771 MiB",
         "driver": "580.95.05",
+        "multiprocessors": 132,
+        "code": "compiled in (sm_90a)",
     }
+    cuda = found["cuda"]
+    assert (cuda["driver"], cuda["needs_driver"], cuda["problem"]) == ("580.95.05", "580 or later", None)
+    assert cuda["built_with"] == "13.0" and cuda["architectures"] == ["80", "90a", "80-ptx", "90-ptx"]
+
+    tool.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 3090, 8.6, 24576 MiB, 535.104.05'\n")
+    assert cli.main(["info"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "NVIDIA GeForce RTX 3090, compute capability 8.6, 132 multiprocessors, 24576 MiB, driver 535.104.05" in text
+    assert "code: compiled in (sm_80)" in text
+    assert "the driver 535.104.05 is too old: kernels built with CUDA 13.0 need 580 or later" in text
+    assert "CUDA 13.0, for 80 90a 80-ptx 90-ptx" in text
 
 
 @pytest.mark.parametrize("isa", _C.isa_levels()[-1:])

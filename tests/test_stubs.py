@@ -45,8 +45,13 @@ def test_the_same_signature(name: str) -> None:
     assert match is not None
     real = [tuple(_simplify(part) for part in piece.split(":", 1)) for piece in match[1].split(", ") if piece]
     stub = _stubs()[name]
-    assert not stub.args.defaults
-    assert [(arg.arg, ast.unparse(arg.annotation)) for arg in stub.args.args if arg.annotation] == real
+    defaults = [None] * (len(stub.args.args) - len(stub.args.defaults)) + stub.args.defaults
+    written = [
+        (arg.arg, ast.unparse(arg.annotation) + (f" = {ast.unparse(default)}" if default else ""))
+        for arg, default in zip(stub.args.args, defaults, strict=True)
+        if arg.annotation
+    ]
+    assert written == real
     assert stub.returns is not None
     assert _outer(ast.unparse(stub.returns)) == _outer(_simplify(match[2]))
 

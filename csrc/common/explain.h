@@ -26,7 +26,7 @@ LOWBIT_API std::string describe_config(const std::string& op, const std::string&
                                        int64_t flags);
 
 // Bytes of a uint8 workspace tensor for op "gemm_out" or "gemm_a8_out". The layout in desc says which backend; for CUDA
-// an empty device means enough for every device that has a model.
+// an empty device, and "cuda", mean enough for every device that has a model.
 LOWBIT_API int64_t workspace_size(const std::string& op, int64_t M, int64_t N, int64_t K,
                                   int64_t desc, const std::string& device);
 

@@ -82,10 +82,7 @@ DeviceInfo device_model(const std::string& name) {
 
 std::vector<DeviceInfo> known_devices() {
   std::vector<DeviceInfo> devices;
-  for (const Model& model : kModels) {
-    devices.push_back(info_of(model, model.sms));
-    if (model.most_sms != model.sms) devices.push_back(info_of(model, model.most_sms));
-  }
+  for (const Model& model : kModels) devices.push_back(info_of(model, model.most_sms));
   return devices;
 }
 

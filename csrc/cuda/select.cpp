@@ -357,11 +357,14 @@ int64_t workspace_size(Op op, int64_t M, int64_t N, int64_t K, const Desc& desc,
                        const std::string& device) {
   const CudaTile64 weight = cuda_tile64(N, K, desc);
   int64_t bytes = 0;
-  if (!device.empty()) {
-    bytes = workspace_on(op, M, N, K, desc, weight, device_model(device));
-  } else {
-    for (const DeviceInfo& known : known_devices())
-      bytes = std::max(bytes, workspace_on(op, M, N, K, desc, weight, known));
+  const bool one = device.find("sm_") != std::string::npos;
+  if (!device.empty()) bytes = workspace_on(op, M, N, K, desc, weight, device_model(device));
+  if (!one) {
+    for (DeviceInfo known :
+         known_devices()) {  // and every smaller one: partitions, models with fewer units enabled
+      for (; known.sm_count >= 1; --known.sm_count)
+        bytes = std::max(bytes, workspace_on(op, M, N, K, desc, weight, known));
+    }
   }
   return bytes == 0 ? 0 : bytes + kWorkspaceSlack;
 }

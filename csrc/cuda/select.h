@@ -19,6 +19,7 @@ namespace lowbit::cuda {
 LOWBIT_API DeviceInfo device_model(const std::string& name);
 inline constexpr const char* kDefaultModel = "sm_90:132";
 
+// The largest model of each compute capability.
 std::vector<DeviceInfo> known_devices();
 
 // Throws Error, with the op's name, for a device below sm_80.
@@ -83,7 +84,8 @@ LOWBIT_API std::string forced_kernel();
 std::vector<KernelInfo> kernels();
 std::vector<Verdict> explain(const Problem& problem, const DeviceInfo& device);
 
-// Bytes of workspace, whatever the dtype, the alignment and the flags are; with no device, enough for all known ones.
+// Bytes of workspace, whatever the dtype, the alignment and the flags are; with no device (or "cuda", which is any), enough
+// for all known ones and their smaller relatives.
 // A tensor need not start on a 256-byte boundary, the pieces do: hence the slack.
 inline constexpr int64_t kWorkspaceSlack = 255;
 int64_t workspace_size(Op op, int64_t M, int64_t N, int64_t K, const Desc& desc,

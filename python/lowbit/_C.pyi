@@ -40,9 +40,7 @@ def canonical_shapes(N: int, K: int, desc: int) -> _Shapes:
 def cpu_features() -> dict[str, bool]:
     """What this CPU offers."""
 
-def describe_config(
-    op: str, device: str, M: int, N: int, K: int, desc: int, dtype: str, flags: int
-) -> str:
+def describe_config(op: str, device: str, M: int, N: int, K: int, desc: int, dtype: str, flags: int) -> str:
     """How the chosen kernel cuts the problem into tiles, steps and blocks; "" on the CPU, which has nothing to choose."""
 
 def enums() -> dict[str, dict[str, int]]:

@@ -4,7 +4,7 @@
     lowbit.save_quantized(model, "folder")
     model = lowbit.load_quantized(make_model, "folder")
 
-Importing it registers `torch.ops.lowbit.*`. It does not touch CUDA, download or compile anything.
+Importing it registers `torch.ops.lowbit.*`. It does not initialise CUDA, download or compile anything.
 """
 
 try:
@@ -15,6 +15,7 @@ except ModuleNotFoundError as _error:
     raise ModuleNotFoundError("lowbit needs PyTorch 2.11 or later: pip install torch", name="torch") from None
 
 from lowbit import _C as _C
+from lowbit import _cuda as _cuda
 from lowbit import ops
 from lowbit._locations import cmake_dir, library_paths
 from lowbit._selection import can_implement, explain

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lowbit import _C
+from lowbit import _C, _cuda
 from lowbit.scheme import Scheme
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _SCALE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CUDA_LAYOUT: Final = _C.enums()["layout"]["cuda_tile64"]
 _WEIGHT_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,12 +75,14 @@ def check_importance(importance: Tensor, K: int) -> Tensor:
 
 
 def preferred_layout(device: torch.device, scheme: Scheme, has_perm: bool = False) -> int:
-    """The layout that kernels of this device read; ValueError when this build has none for it."""
+    """The layout that kernels of this device read; ValueError, with the reason, where there are none."""
+    if device.type == "cuda" and (reason := _cuda.absent_reason()) is not None:
+        raise ValueError(f"no kernels for device '{device}': {reason}")
     return _C.preferred_layout(device.type, scheme.desc(0, has_perm))
 
 
 def device_layout(device: torch.device, scheme: Scheme, has_perm: bool = False) -> int | None:
-    """`preferred_layout`, or None when this build has no kernels for the device."""
+    """`preferred_layout`, or None where there are no kernels for the device."""
     try:
         return preferred_layout(device, scheme, has_perm)
     except ValueError:
@@ -96,14 +99,16 @@ def check_shape(scheme: Scheme, shape: Any) -> torch.Size:
     return torch.Size(shape)
 
 
-def runs_on(op: str, device: torch.device) -> torch.device:
-    """`device` when the op has a kernel there, else the CPU, which has them all."""
+def runs_on(op: str, device: torch.device, layout: int | None = None) -> torch.device:
+    """`device` when the op has a kernel there (that takes the layout), else the CPU, which has them all."""
     if device.type in ("cpu", "meta"):
         return device
     key = {"cuda": "CUDA", "mps": "MPS"}.get(device.type)
-    if key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"lowbit::{op}", key):
-        return device
-    return torch.device("cpu")
+    there = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"lowbit::{op}", key)
+    if device.type == "cuda":
+        there = _cuda.loaded()  # what is registered may be an op that only says why there are no kernels
+        there = there and layout in (None, _CUDA_LAYOUT)
+    return device if there else torch.device("cpu")
 
 
 def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 
-from lowbit import _C
+from lowbit import _C, _cuda
 
 __all__ = ["Explanation", "can_implement", "explain", "full_name", "kernel_table", "set_strict", "strict"]
 
@@ -31,6 +31,7 @@ class Explanation:
         rows: each kernel of the op on that device; the verdict is "chosen", or why it was not.
         chosen: the kernel's name; None when no kernel takes the problem.
         general: whether the chosen one is the general kernel, which takes everything and is the slowest.
+        config: how the chosen one cuts the problem, in words: tiles, blocks, workspace. Empty on the CPU.
 
     Example:
         >>> explain("gemm", M=1, N=4096, K=4096, scheme="int4-g128").chosen
@@ -41,6 +42,7 @@ class Explanation:
     rows: tuple[tuple[str, str], ...]
     chosen: str | None
     general: bool
+    config: str = ""
 
     def __str__(self) -> str:
         if not self.rows:
@@ -48,7 +50,7 @@ class Explanation:
         width = max(len(name) for name, _ in self.rows)
         marks = ["->" if name == self.chosen and verdict == "chosen" else "  " for name, verdict in self.rows]
         lines = [f"{mark} {name:<{width}}  {verdict}" for mark, (name, verdict) in zip(marks, self.rows, strict=True)]
-        return "\n".join([self.problem, *lines])
+        return "\n".join([self.problem, *lines, *([self.config] if self.config else [])])
 
 
 def _as_desc(scheme: Any, device_type: str) -> int:
@@ -107,7 +109,9 @@ def explain(
         op: an op of the kernel table, such as "gemm", "gemm_a8" or "gemm_grad_input".
         M, N, K: x is [M, K] and W is [N, K].
         scheme: a Scheme, its string form ("int4-g128"), or a desc. The first two mean the device's preferred layout.
-        device: "cpu", "cuda", ...; "cpu:avx2" answers for that instruction set, whatever this machine has.
+        device: "cpu" or "cuda"; "cpu:avx2" answers for that instruction set, whatever this machine has, and "sm_86" or
+            "sm_86:84" for a GPU of that compute capability (and number of multiprocessors), whether or not there is one.
+            "cuda" is the device itself once CUDA is in use, and before that sm_90:132: asking would initialise CUDA.
         dtype: of the activations; bfloat16 (float16, float32), for gemm_a8 int8 (float8_e4m3fn).
         batch_invariant: as the flag of `gemm`.
 
@@ -118,13 +122,14 @@ def explain(
         >>> print(explain("gemm", M=1, N=4096, K=4096, scheme="int4-g128"))
     """
     kernel_op = _kernel_op(op)
-    where = str(device)
+    where = _cuda.device_string(device)
     desc = _as_desc(scheme, where.partition(":")[0])
     flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
     activations = _dtype_name(kernel_op, dtype)
     rows = _C.explain(kernel_op, where, M, N, K, desc, activations, flags)
     chosen = next((name for name, reason in rows if not reason), None)
     general = chosen is not None and _generality().get((kernel_op, chosen), False)
+    config = _C.describe_config(kernel_op, where, M, N, K, desc, activations, flags)
     said = scheme if isinstance(scheme, str) else f"desc {desc:#x}" if isinstance(scheme, int) else str(scheme)
     return Explanation(
         problem=f"{op} M={M} N={N} K={K} {said} {activations} on {where}"
@@ -132,6 +137,7 @@ def explain(
         rows=tuple((name, reason or "chosen") for name, reason in rows),
         chosen=chosen,
         general=general,
+        config=config,
     )
 
 
@@ -167,7 +173,10 @@ def can_implement(
 
 
 def kernel_table() -> list[dict[str, Any]]:
-    """Every kernel that was built: one dict each, with backend, op, name, isa, general and takes.
+    """Every kernel: one dict each, with backend, op, name, isa, general and takes.
+
+    The CPU's are those of the instruction sets that this machine has; CUDA's are all there are, with the least compute
+    capability that each runs on as its isa, also where the CUDA library was not built.
 
     Dispatch, the tests, the benches and the support matrix in the docs read this one table.
 

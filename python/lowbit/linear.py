@@ -223,12 +223,9 @@ class QuantizedLinear(nn.Module):
             >>> layer.quantized_weight().dequantize(torch.bfloat16)  # W [N, K]
         """
         self._need_weight("quantized_weight()")
-        weight, device = self.weight.detach(), self.weight.device
-        if self.layout != device_layout(device, self.scheme, self.has_perm):
-            # Bytes in the layout of a device they were moved away from: only that one and the CPU can unpack them.
-            weight = weight.cpu()
+        # Bytes in the layout of a device that they were moved away from are unpacked on the CPU.
         shape = (self.out_features, self.in_features)
-        return QuantizedWeight.unpack(weight, self.scheme, shape, self.layout, self.has_perm).to(device)
+        return QuantizedWeight.unpack(self.weight.detach(), self.scheme, shape, self.layout, self.has_perm)
 
     def _need_weight(self, what: str) -> None:
         if self.weight.is_meta or self.layout == _CANONICAL:

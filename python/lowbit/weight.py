@@ -180,6 +180,13 @@ class QuantizedWeight:
                     f"perm is not a permutation of 0..{self.K - 1}: it has {distinct} distinct values from {low} to {high}"
                 )
 
+    def _check_perm(self) -> None:
+        """On a GPU the ops trust perm, because to look at it is to wait for the GPU; here it is looked at once per weight."""
+        if self.perm is not None and self.perm.is_cuda:
+            low, high = (int(value) for value in torch.aminmax(self.perm))
+            if low < 0 or high >= self.K:
+                raise ValueError(f"perm has values from {low} to {high}, outside 0..{self.K - 1}")
+
     # -- back to a dense weight, and to kernels -------------------------------------------------------------------------
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -191,6 +198,7 @@ class QuantizedWeight:
             >>> QuantizedWeight.quantize(torch.ones(1, 8), "int8").dequantize(torch.bfloat16).dtype
             torch.bfloat16
         """
+        self._check_perm()
         run = runs_on("dequantize", self.device)
         t = self if run == self.device else self.to(run)
         desc = self.scheme.desc(0, self.perm is not None)
@@ -211,7 +219,8 @@ class QuantizedWeight:
         has_perm = self.perm is not None
         if layout is None:
             layout = preferred_layout(device, self.scheme, has_perm)
-        run = runs_on("pack", device)
+        self._check_perm()
+        run = runs_on("pack", device, layout)
         t = self if run == self.device else self.to(run)
         desc = self.scheme.desc(layout, has_perm)
         return ops.pack(t.packed, t.scales, t.zeros, t.perm, self.N, self.K, desc).to(device)
@@ -231,7 +240,7 @@ class QuantizedWeight:
         """
         scheme = Scheme.parse(scheme)
         N, K = check_shape(scheme, shape)
-        run = runs_on("unpack", weight.device)
+        run = runs_on("unpack", weight.device, layout)
         packed, scales, zeros, perm = ops.unpack(weight.to(run), N, K, scheme.desc(layout, has_perm))
         device = weight.device
         return cls(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +17,15 @@ from typing import Any
 import torch
 
 import lowbit
-from lowbit import _C
+from lowbit import _C, _cuda
 from lowbit.commands import _output
 from lowbit.report import format_bytes
 
 __all__ = ["add_parser", "collect", "cpu_name", "run"]
 
 _NO_CUDA = "torch is built without CUDA"
+#: FP32 lanes of a multiprocessor, by compute capability; 128 from 8.6 on.
+_LANES = {"8.0": 64}
 _EXAMPLE = """\
 examples:
   lowbit info
@@ -54,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything, as JSON values."""
+    devices = _devices()
     return {
         "lowbit": {"version": lowbit.__version__, "python": platform.python_version(), "platform": platform.platform()},
         "torch": {
@@ -71,7 +76,8 @@ def collect() -> dict[str, Any]:
             "LOWBIT_ISA": os.environ.get("LOWBIT_ISA"),
             "strict": _C.strict(),
         },
-        "devices": _devices(),
+        "devices": devices,
+        "cuda": _cuda_state(devices["cuda"]),
         "libraries": _libraries(),
         "build": _C.build_info(),
         "formats": [row["name"] for row in _C.format_table()],
@@ -115,12 +121,57 @@ def _devices() -> dict[str, Any]:
         text = _output_of([tool, fields, "--format=csv,noheader"]) if tool else ""
         rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") == 3]
         names = ("name", "compute_capability", "memory", "driver")
-        found = [dict(zip(names, row, strict=True)) for row in rows]
+        found: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows]
+        for index, gpu in enumerate(found):
+            gpu["multiprocessors"] = _multiprocessors(index, gpu["compute_capability"])
+            gpu["code"] = _cuda.code_for(gpu["compute_capability"], _C.build_info()["cuda_archs"])
         cuda = {"gpus": found} if found else "no GPU answers (nvidia-smi is missing or finds none)"
     mps: dict[str, Any] | str = "torch is built without MPS"
     if torch.backends.mps.is_built():
         mps = {"available": torch.backends.mps.is_available(), "macos": platform.mac_ver()[0]}
     return {"cuda": cuda, "mps": mps}
+
+
+def _multiprocessors(index: int, capability: str) -> int | None:
+    """Of the GPU with that index, from the management library, which does not set up a context; None when it cannot say."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        handle, lanes = ctypes.c_void_p(), ctypes.c_uint()
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)):
+            return None
+        if nvml.nvmlDeviceGetNumGpuCores(handle, ctypes.byref(lanes)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return lanes.value // _LANES.get(capability, 128) or None
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, from its kernel module; None where there is none."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(errors="replace")
+    except OSError:
+        return None
+    match = re.search(r"Kernel Module.*?(\d+\.\d[\d.]*)", text)
+    return match[1] if match else None
+
+
+def _cuda_state(devices: Mapping[str, Any] | str) -> dict[str, Any]:
+    """The CUDA kernels of this build: whether they are in use and why not, what they were built with, what they need."""
+    build = _C.build_info()
+    gpus = [] if isinstance(devices, str) else devices["gpus"]
+    driver = gpus[0]["driver"] if gpus else _driver()
+    version = build["cuda"] or None
+    least = None if version is None else _cuda.least_driver(version)
+    return {
+        "loaded": _cuda.loaded(),
+        "why_not": _cuda.absent_reason(),
+        "built_with": version,
+        "architectures": build["cuda_archs"].split(),
+        "driver": driver,
+        "needs_driver": None if least is None else f"{least} or later",
+        "problem": None if version is None or driver is None else _cuda.driver_problem(driver, version),
+    }
 
 
 def _libraries() -> dict[str, Any]:
@@ -129,9 +180,8 @@ def _libraries() -> dict[str, Any]:
     for name in ("liblowbit_ops", "liblowbit_cuda"):
         paths = sorted(module.parent.glob(f"{name}.*"))
         found[name] = _library(paths[0]) if paths else {"path": None, "loaded": False}
-    if found["liblowbit_cuda"]["path"] is None:
-        no_cuda = torch.version.cuda is None
-        found["liblowbit_cuda"]["why"] = _NO_CUDA if no_cuda else "this build of lowbit has no CUDA kernels"
+    if not found["liblowbit_cuda"]["loaded"]:
+        found["liblowbit_cuda"]["why"] = _cuda.absent_reason()
     return found
 
 
@@ -160,11 +210,14 @@ def _show(found: Mapping[str, Any]) -> None:
         ("strict", "yes: a general kernel is an error" if cpu["strict"] else "no"),
     ]
     rows += [(name, value if isinstance(value, str) else _words(value)) for name, value in found["devices"].items()]
+    rows += _cuda_rows(found["cuda"])
     for name, library in found["libraries"].items():
         if library["path"] is None:
             rows.append((name, f"absent: {library.get('why', 'not found beside _C')}"))
         else:
-            state = "" if library["loaded"] else ", not loaded"
+            state = (
+                "" if library["loaded"] else f", not loaded: {library['why']}" if "why" in library else ", not loaded"
+            )
             rows.append((name, f"{library['path']} ({format_bytes(library['bytes'])}{state})"))
     rows += [(f"build {key}", value) for key, value in build.items()]
     rows.append(("formats", ", ".join(found["formats"])))
@@ -177,8 +230,27 @@ def _show(found: Mapping[str, Any]) -> None:
     _output.print_table(head, kernels, left=6, title="kernels, in the order in which they are asked:")
 
 
+def _cuda_rows(cuda: Mapping[str, Any]) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("cuda kernels", "in use" if cuda["loaded"] else f"absent: {cuda['why_not']}")]
+    if cuda["built_with"]:
+        built = f"CUDA {cuda['built_with']}, for {' '.join(cuda['architectures'])}"
+        rows += [("cuda kernels built with", built), ("cuda driver needed", cuda["needs_driver"] or "unknown")]
+    rows.append(("cuda driver", cuda["driver"] or "none found"))
+    if cuda["problem"]:
+        rows.append(("cuda problem", cuda["problem"]))
+    return rows
+
+
 def _words(value: Mapping[str, Any]) -> str:
     gpus = value.get("gpus")
     if gpus is not None:
-        return "; ".join(", ".join(gpu.values()) for gpu in gpus)
+        return "; ".join(_gpu_words(gpu) for gpu in gpus)
     return ", ".join(f"{key} {entry}" for key, entry in value.items())
+
+
+def _gpu_words(gpu: Mapping[str, Any]) -> str:
+    sms = f", {gpu['multiprocessors']} multiprocessors" if gpu["multiprocessors"] else ""
+    return (
+        f"{gpu['name']}, compute capability {gpu['compute_capability']}{sms}, {gpu['memory']}, driver {gpu['driver']}; "
+        f"code: {gpu['code']}"
+    )
