@@ -204,7 +204,9 @@ struct Nf4Encoder {
   float levels[16], middle[15];
 
   LOWBIT_HD explicit Nf4Encoder(const float* table) : p{} {
+    LOWBIT_UNROLL
     for (int i = 0; i < 16; ++i) levels[i] = table[i];
+    LOWBIT_UNROLL
     for (int i = 0; i < 15; ++i) middle[i] = (table[i] + table[i + 1]) * 0.5f;
   }
   LOWBIT_HD uint8_t code(float x) const {

@@ -261,7 +261,7 @@ __device__ void store_piece(const Segment& s, int32_t k, const Piece<kType>& pie
 // ---- kernel ------------------------------------------------------------------------------------------------------------
 
 template <Element kType, class Code>
-__global__ void __launch_bounds__(kThreads, 3) quantize_activation_kernel(const ActivationParams p) {
+__global__ void __launch_bounds__(kThreads, 2) quantize_activation_kernel(const ActivationParams p) {
   constexpr int kKept = Piece<kType>::kKept;
   const QuantizeActivationParams& q = p.q;
   const int rank = static_cast<int>(threadIdx.x) % p.team;

@@ -1,0 +1,85 @@
+// quantize: which encoder and which division of labour a weight gets. The kernel is in quantize.cuh.
+#include "cuda/kernels/quantize.cuh"
+#include "formats/codebooks.h"
+#include "formats/format_table.h"
+
+namespace lowbit::cuda {
+namespace {
+
+template <ZeroKind kKind>
+struct Integers {
+  using Encoder = rules::IntEncoder<kKind>;
+  __device__ static Encoder make(const QuantizeLaunch& p) {
+    return {{}, static_cast<float>((1 << p.grid.bits) - 1)};
+  }
+};
+template <int kExponentBits, int kMantissaBits>
+struct Floats {
+  using Encoder = rules::FloatEncoder<rules::SmallFloat<kExponentBits, kMantissaBits>>;
+  __device__ static Encoder make(const QuantizeLaunch& p) { return {{}, p.grid.max}; }
+};
+struct Nf4 {
+  using Encoder = rules::Nf4Encoder;
+  __device__ static Encoder make(const QuantizeLaunch& p) { return Encoder(p.table); }
+};
+
+template <class Source, bool kInRegisters>
+__global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(const QuantizeLaunch p) {
+  quantize_group<kInRegisters>(p, Source::make(p));
+}
+
+// From this length on a group is a block's: its teams then share the search, and the codes.
+constexpr int64_t kLongGroup = 1024;
+
+template <class Source>
+void start(QuantizeLaunch p, Stream stream) {
+  const CanonicalParams& c = p.q.shape;
+  const int64_t rows = c.blocks128 ? ceil_div(c.N, 128) : c.N;
+  const int64_t length = c.blocks128 ? c.group_size * (c.N < 128 ? c.N : 128) : c.group_size;
+  p.groups = rows * c.groups;
+  p.shared_groups = length >= kLongGroup;
+  const int64_t blocks = p.shared_groups ? p.groups : ceil_div(p.groups, kTeams);
+  LOWBIT_CHECK(blocks < (int64_t{1} << 31), "quantize: N=", c.N, " K=", c.K, " has ", p.groups,
+               " groups, too many for one launch");
+  const Grid grid{static_cast<uint32_t>(blocks), 1, 1};
+  if (length <= kTeam * kKept) {
+    launch("quantize", quantize_kernel<Source, true>, grid, kQuantizeThreads, kQuantizeShared, stream, p);
+  } else {
+    launch("quantize_long", quantize_kernel<Source, false>, grid, kQuantizeThreads, kQuantizeShared, stream, p);
+  }
+}
+
+void start_integers(const QuantizeLaunch& p, Stream stream) {
+  switch (p.q.shape.zero_kind) {
+    case ZeroKind::kNone:
+      return start<Integers<ZeroKind::kNone>>(p, stream);
+    case ZeroKind::kInt:
+      return start<Integers<ZeroKind::kInt>>(p, stream);
+    case ZeroKind::kFloat:
+      return start<Integers<ZeroKind::kFloat>>(p, stream);
+    case ZeroKind::kOffset:
+      return start<Integers<ZeroKind::kOffset>>(p, stream);
+  }
+}
+
+}  // namespace
+
+void launch_quantize(const QuantizeParams& q, Stream stream) {
+  const FormatInfo& info = format_info(q.shape.format);
+  QuantizeLaunch p{q, {q.shape.scale_dtype, info.bits, info.max, !info.is_integer}, 0, false, {}};
+  for (int i = 0; i < 16; ++i) p.table[i] = kNf4Code[static_cast<size_t>(i)];
+  switch (q.shape.format) {
+    case Format::kFp8E4m3:
+      return start<Floats<4, 3>>(p, stream);
+    case Format::kFp8E5m2:
+      return start<Floats<5, 2>>(p, stream);
+    case Format::kFp4E2m1:
+      return start<Floats<2, 1>>(p, stream);
+    case Format::kNf4:
+      return start<Nf4>(p, stream);
+    default:
+      start_integers(p, stream);
+  }
+}
+
+}  // namespace lowbit::cuda
