@@ -1,171 +1,212 @@
-"""Where the CUDA library is not: why, in words, and what still works; and what GPUs and drivers need."""
+"""The built CUDA library, on a machine that need not have a GPU: what it holds, links, exports, and that it loads.
+
+`make build CUDA=all` builds what these tests look at, nvcc being there; without it they skip. LOWBIT_TEST_CUDA=1, which
+.ci/run sets, makes that a failure instead.
+"""
 
 from __future__ import annotations
 
-import copy
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
-import cases
+import build_audit as audit
+import cuda_audit
 import lowbit
-from cli_helpers import environment
-from layers import layer
-from lowbit import _C, QuantizedLinear, QuantizedWeight, Scheme, _cuda, ops
-from lowbit._canonical import device_layout, preferred_layout, runs_on
-from reference import Spec
 
-CUDA = torch.device("cuda")
-needs_no_library = pytest.mark.skipif(_cuda.loaded(), reason="the CUDA library is loaded")
+ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = Path(lowbit._C.__file__).parent
+CUDA = INSTALLED / "liblowbit_cuda.so"
+TORCH = Path(torch.__file__).parent
+ALL_ARCHS = ["80", "86", "89", "90a", "120f", "80-ptx", "90-ptx"]
+WHEEL_BUDGET = 60 << 20
 
+# The C interface of CUDA builds of libtorch, of which a CPU build has nothing.
+TORCH_CUDA_C = re.compile(r"aoti_torch_\w*cuda\w*")
 
-def run(code: str) -> str:
-    """What a fresh interpreter prints that takes its PyTorch for a CUDA build."""
-    code = "import torch\ntorch.version.cuda = '13.0'\nimport lowbit\nfrom lowbit import _C, _cuda, ops\n" + code
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="CUDA libraries are built on Linux")
 
 
-@needs_no_library
-def test_there_is_a_reason() -> None:
-    reason = _cuda.absent_reason()
-    assert reason is not None and "CUDA" in reason
-    with pytest.raises(ValueError, match="no kernels for device 'cuda': "):
-        preferred_layout(CUDA, Scheme.parse("int4"))
-    assert device_layout(CUDA, Scheme.parse("int4")) is None
-    for op in ("pack", "unpack", "quantize", "dequantize"):
-        assert runs_on(op, CUDA).type == "cpu"
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if not CUDA.exists():
+        text = f"lowbit was built without its CUDA library ({lowbit._C.build_info()['cuda_absent']}); see make build CUDA=all"
+        if os.environ.get("LOWBIT_TEST_CUDA") == "1":
+            pytest.fail(text)
+        pytest.skip(text)
+    return CUDA
 
 
-@pytest.mark.skipif(
-    torch.version.cuda is not None, reason="PyTorch is a CUDA build, and what it loads is the real thing"
-)
-def test_a_library_that_does_not_load_is_a_reason_and_no_error() -> None:
-    """With no library, or one that this PyTorch cannot load, import works and a CUDA tensor gets one clear error."""
-    code = """
-assert not _cuda.loaded() and not torch.cuda.is_initialized()
-print(_cuda.absent_reason().splitlines()[0])
-cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-for name in ops.__all__:
-    op = getattr(torch.ops.lowbit, name).default
-    arguments = [torch.empty(0) if "Tensor" in str(a.type) else False if str(a.type) == "bool" else 1
-                 for a in op._schema.arguments]
-    try: op.redispatch(cuda, *arguments)
-    except RuntimeError as error:
-        assert str(error).startswith(f"lowbit::{name}: a tensor is on a GPU, and there are no CUDA kernels here: "), error
-        assert "lowbit info" in str(error)
-    else: raise AssertionError(name)
-layer = lowbit.QuantizedLinear.from_linear(torch.nn.Linear(64, 8), "int4-g32")
-print(tuple(layer(torch.ones(2, 64)).shape))
+@pytest.fixture(scope="module")
+def archs(library) -> list[str]:
+    return lowbit._C.build_info()["cuda_archs"].split()
+
+
+# ---- what it links and exports ---------------------------------------------------------------------------------------
+
+
+class TestLibrary:
+    def test_loads_torch_and_its_own_and_no_cuda_runtime(self, library):
+        required = ["libtorch_cpu.so", "libtorch.so", "liblowbit_ops.so"]
+        assert audit.needed_libraries(audit.Library(library), required, ["librt.so.1"]) == []
+
+    def test_exports_nothing(self, library):
+        assert audit.exported_symbols(audit.Library(library), re.compile(r"$^")) == []
+
+    def test_has_no_torch_cpp_and_no_python_symbols(self, library):
+        read = audit.Library(library)
+        assert audit.torch_cpp_symbols(read) == []
+        assert audit.python_symbols(read) == []
+
+    def test_needs_the_stable_c_interface_and_lowbit_only(self, library):
+        read = audit.Library(library)
+        assert audit.foreign_symbols(read, [audit.STABLE_C, audit.LOWBIT_CPP]) == []
+
+    def test_finds_in_the_ops_library_what_it_needs_of_lowbit(self, library):
+        exported = set(audit.Library(INSTALLED / "liblowbit_ops.so").exported)
+        needed = [name for name in audit.Library(library).undefined if audit.LOWBIT_CPP.match(name)]
+        assert [name for name in needed if name not in exported] == []
+
+    def test_runpath_is_the_own_folder(self, library):
+        assert audit.runpath(audit.Library(library)) == []
+
+    def test_names_no_path_of_the_build_machine(self, library):
+        folders = [ROOT, TORCH, Path.home(), Path(sysconfig.get_path("include"))]
+        assert audit.build_paths(library, folders) == []
+
+
+# ---- its device code -------------------------------------------------------------------------------------------------
+
+
+class TestDeviceCode:
+    def test_every_kernel_file_has_code_for_every_architecture(self, library, archs):
+        assert cuda_audit.missing_code(library, archs) == []
+        if os.environ.get("LOWBIT_TEST_CUDA") == "1":
+            assert archs == ALL_ARCHS
+
+    def test_fits_the_wheel(self, library):
+        """A wheel is a zip file: what the libraries take in it."""
+        sizes = {path.name: len(zlib.compress(path.read_bytes(), 6)) for path in INSTALLED.glob("*.so")}
+        assert sum(sizes.values()) <= WHEEL_BUDGET, sizes
+
+    def test_hot_kernels_keep_everything_in_registers(self, library, archs):
+        """Reads what the assembler said in the last editable build."""
+        sources = {path.stem for path in ROOT.glob("csrc/cuda/**/*.cu")}  # a log outlives its source
+        logs = [path for path in ROOT.glob("build/editable-*/lowbit_cuda/*.o.log") if path.name[:-6] in sources]
+        if not logs:
+            pytest.skip("lowbit was not built in this checkout, so there are no logs to read")
+        kernels = [kernel for log in logs for kernel in cuda_audit.resources(log.read_text())]
+        assert {kernel.arch for kernel in kernels} == {arch for arch in archs if not arch.endswith("-ptx")}
+        assert any(cuda_audit.HOT.search(kernel.kernel) for kernel in kernels)
+        assert cuda_audit.spills(kernels) == []
+
+
+# ---- it loads and registers ------------------------------------------------------------------------------------------
+
+LOAD = """
+import ctypes, sys, torch, lowbit
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[2])
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowbit::")]
+for name in names:
+    on = [key for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
+    print(name, *on)
 """
-    reason, shape = run(code).splitlines()
-    assert reason.startswith(("this lowbit was built without CUDA: ", "liblowbit_cuda.so does not load: "))
-    assert shape == "(2, 8)"
 
 
-# -- the layout of another device, without it ------------------------------------------------------------------------------
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    assert found, "these tests compile small libraries: set CXX to a C++ compiler"
+    return found
 
 
-@pytest.mark.parametrize("kind", cases.KINDS)
-def test_the_cpu_packs_and_unpacks_for_cuda(kind: str) -> None:
-    """A weight packed for a GPU is never lost where there is none."""
-    for spec, N, K in cases.specs(kind):
-        weight = cases.random_weight(spec, N, K)
-        desc = cases.desc(spec, _C.preferred_layout("cuda", cases.desc(spec)))
-        w = torch.ops.lowbit.pack(*weight.tensors, N, K, desc)
-        assert w.shape == (_C.packed_size(N, K, desc),)
-        back = ops.unpack(w, N, K, desc)
-        for got, want in zip(back, weight.tensors, strict=True):
-            assert (got is None) == (want is None)
-            assert got is None or torch.equal(got, want), (spec, N, K)
+@pytest.fixture(scope="module")
+def stub(library, tmp_path_factory) -> Path:
+    """A library that has, by name alone, what this build of libtorch lacks of the interface to CUDA."""
+    names = [name for name in audit.Library(library).undefined if TORCH_CUDA_C.fullmatch(name)]
+    assert names, "it asks torch for no stream, so kernels would run on the wrong one"
+    folder = tmp_path_factory.mktemp("stub")
+    text = "\n".join(f'extern "C" int {name}() {{ return 1; }}' for name in names)
+    (folder / "stub.cpp").write_text(text + "\n")
+    command = [compiler(), "-shared", "-fPIC", str(folder / "stub.cpp"), "-o", str(folder / "libstub.so")]
+    subprocess.run(command, check=True)
+    return folder / "libstub.so"
 
 
-def test_the_cpu_says_which_layout_it_reads() -> None:
-    spec = Spec("int4", "none", 32)
-    desc = cases.desc(spec, _C.preferred_layout("cuda", cases.desc(spec)))
-    w = torch.ops.lowbit.pack(*cases.random_weight(spec, 16, 64).tensors, 16, 64, desc)
-    with pytest.raises(RuntimeError, match="layout is cuda_tile64, the CPU kernels read cpu_tile16; pack it"):
-        ops.gemm(torch.ones(1, 64), w, None, 16, 64, desc)
-    with pytest.raises(RuntimeError, match=r"w has shape .*, expected"):
-        ops.unpack(w[:-1], 16, 64, desc)
+def test_registers_every_op_that_has_a_cpu_kernel(library, stub):
+    """In a process of its own: a registration cannot be taken back."""
+    command = [sys.executable, "-c", LOAD, str(stub), str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    keys = {name: set(on) for name, *on in (line.split() for line in done.stdout.splitlines())}
+    assert keys
+    assert [name for name, on in keys.items() if on not in ({"CPU", "CUDA"}, set())] == []
+    assert keys["lowbit::gemm"] == {"CPU", "CUDA"}
 
 
-@pytest.mark.parametrize("scheme", ["int4-g32-asym", "int3-g64", "fp8_e4m3-b128", "nf4-g64"])
-def test_a_module_offloaded_from_a_gpu_keeps_its_weight(scheme: str) -> None:
-    """Hooks move bytes raw: on the CPU they are still in the GPU's layout, and state_dict, prepare and .to() cope."""
-    module = QuantizedLinear.from_linear(torch.nn.Linear(256, 128), scheme)
-    weight, expected = module.quantized_weight(), module(torch.ones(2, 256))
-    offloaded = copy.deepcopy(module)
-    layout = _C.preferred_layout("cuda", weight.scheme.desc())
-    offloaded._set_layout(layout)
-    offloaded.weight = torch.nn.Parameter(weight.pack(layout, "cpu"), requires_grad=False)
-    assert QuantizedWeight.unpack(offloaded.weight, weight.scheme, weight.shape, layout) == weight
-    assert "layout=cuda_tile64" in repr(offloaded)
-    assert offloaded.quantized_weight() == weight
-    for name, tensor in module.state_dict().items():
-        assert torch.equal(offloaded.state_dict()[name], tensor)
-    with pytest.raises(RuntimeError, match="cuda_tile64"):
-        offloaded(torch.ones(2, 256))
-    assert torch.equal(offloaded.prepare()(torch.ones(2, 256)), expected)
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
+def test_import_does_not_load_it_under_a_cpu_build_of_torch(library):
+    code = "import lowbit; print('lowbit_cuda' in open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
-def test_a_perm_on_a_gpu_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = layer("int4-g32", perm=True).quantized_weight()
-    assert weight.perm is not None
-    bad = QuantizedWeight(weight.scheme, weight.shape, weight.packed, weight.scales, None, weight.perm + 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-        for refused in (bad.pack, bad.dequantize):
-            with pytest.raises(ValueError, match=r"perm has values from 1 to 128, outside 0\.\.127"):
-                refused()
-        weight.pack()
+# ---- each audit finds what was planted -------------------------------------------------------------------------------
+
+LOG = """\
+ptxas info    : Compiling entry function '_ZN6lowbit4cuda13stream_kernelILi4EEEvPKfPf' for 'sm_80'
+ptxas info    : Function properties for _ZN6lowbit4cuda13stream_kernelILi4EEEvPKfPf
+    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 368 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN6lowbit4cuda14general_kernelEv' for 'sm_90a'
+ptxas info    : Function properties for _ZN6lowbit4cuda14general_kernelEv
+    64 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers
+"""
 
 
-# -- drivers and GPUs --------------------------------------------------------------------------------------------------------
+class TestPlanted:
+    @pytest.mark.parametrize("planted", [(8, 0, 0), (0, 4, 0), (0, 0, 4)])
+    def test_spill(self, planted):
+        log = LOG.format(stack=planted[0], stores=planted[1], loads=planted[2])
+        kernels = cuda_audit.resources(log)
+        assert [(k.arch, k.registers, k.stack) for k in kernels] == [("80", 168, planted[0]), ("90a", 255, 64)]
+        (found,) = cuda_audit.spills(kernels)
+        assert "stream_kernel" in found and "sm_80" in found
 
+    def test_no_spill(self):
+        assert cuda_audit.spills(cuda_audit.resources(LOG.format(stack=0, stores=0, loads=0))) == []
 
-@pytest.mark.parametrize(
-    ("capability", "archs", "words"),
-    [
-        ("8.6", "80 86 90a 80-ptx", "compiled in (sm_86)"),
-        ("8.9", "80 86 90a 80-ptx", "compiled in (sm_86)"),
-        ("8.7", "80", "compiled in (sm_80)"),
-        ("9.0", "80 90a 80-ptx 90-ptx", "compiled in (sm_90a)"),
-        ("10.0", "80 90a 80-ptx 90-ptx", "compiled at load time, from PTX for compute_90"),
-        ("9.0", "80 80-ptx", "compiled at load time, from PTX for compute_80"),
-        ("12.0", "80 120f", "compiled in (sm_120f)"),
-        ("12.1", "80 120f", "compiled in (sm_120f)"),
-        ("12.1", "120a", "none: the build is for 120a"),
-        ("12.0", "80 90a", "none: the build is for 80 90a"),
-        ("8.0", "", "none: the build is for no GPU"),
-        ("7.5", "80 80-ptx", "too old: the kernels need compute capability 8.0 (Ampere) or later"),
-        ("[N/A]", "80", "unknown: the driver does not say what the GPU is"),
-    ],
-)
-def test_code_for(capability: str, archs: str, words: str) -> None:
-    assert _cuda.code_for(capability, archs) == words
+    def test_frame_of_a_function_that_was_not_inlined(self):
+        log = LOG.format(stack=0, stores=0, loads=0).replace(
+            "ptxas info    : Compiling entry function '_ZN6lowbit4cuda14general",
+            "ptxas info    : Function properties for _ZN6lowbit4helperEv\n"
+            "    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+            "ptxas info    : Compiling entry function '_ZN6lowbit4cuda14general",
+        )
+        assert len(cuda_audit.spills(cuda_audit.resources(log))) == 1
 
-
-def test_drivers() -> None:
-    assert [_cuda.least_driver(v) for v in ("11.8", "12.8", "13.0", "99.0", "")] == [450, 525, 580, None, None]
-    assert _cuda.driver_problem("580.65.06", "13.0") is None
-    assert _cuda.driver_problem("570.1", "12.8") is None
-    assert _cuda.driver_problem("strange", "13.0") is None
-    problem = _cuda.driver_problem("570.1", "13.0")
-    assert problem == "the driver 570.1 is too old: kernels built with CUDA 13.0 need 580 or later"
-
-
-def test_the_driver_is_read_from_its_kernel_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowbit.commands import info
-
-    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)\n"
-    monkeypatch.setattr(info.Path, "read_text", lambda self, errors: text)
-    assert info._driver() == "580.95.05"
-
-
-def test_library_paths_name_what_can_be_loaded() -> None:
-    names = [path.name for path in lowbit.library_paths()]
-    assert ("liblowbit_cuda.so" in names) == (_cuda.LIBRARY.exists() and torch.version.cuda is not None)
+    def test_missing_architecture(self, tmp_path):
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            if os.environ.get("LOWBIT_TEST_CUDA") == "1":
+                pytest.fail("nvcc is not in PATH")
+            pytest.skip("nvcc is not in PATH")
+        (tmp_path / "one.cu").write_text("__global__ void one(int* x) { *x = 1; }\n")
+        flags = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=[sm_90a]"]
+        target = tmp_path / "libone.so"
+        command = [nvcc, *flags, "-shared", "-Xcompiler=-fPIC", str(tmp_path / "one.cu"), "-o", str(target)]
+        subprocess.run([*command, "-ccbin", compiler(), "-cudart=none"], check=True)
+        assert cuda_audit.missing_code(target, ["80", "90a", "80-ptx"]) == []
+        assert cuda_audit.missing_code(target, ["80", "90a", "120f"]) == [
+            "120f: 0 files of 1 have code for it",
+            "80-ptx: not asked for",
+        ]
