@@ -17,9 +17,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulator"
 
-#: No leaks: fibers that an error stops keep what they hold, and Python never frees everything either.
+#: No leaks: fibers that an error stops keep what they hold, and Python never frees everything either. What is allocated
+#: holds NaN: an output that is not written shows.
 SANITIZER_OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:detect_odr_violation=0",
+    "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 
@@ -68,12 +69,13 @@ def build(
     sanitize: str = "",
     one_format: bool = False,
     ucontext: bool = False,
-    csrc: Path | None = None,
+    mutants: Path | None = None,
     jobs: int = 0,
 ) -> Path:
     """Compiles what has changed since the last time and returns the library, or the executable `self_test`.
 
-    A folder per set of options, compiler and libraries; within it, ninja knows what is up to date.
+    A folder per set of options, compiler and libraries; within it, ninja knows what is up to date. `mutants` is a copy of
+    csrc that mutants.py has instrumented.
     """
     cmake = tool("cmake")
     if cmake is None:
@@ -84,7 +86,8 @@ def build(
         "SANITIZE": sanitize,
         "ONE_FORMAT": "ON" if one_format else "OFF",
         "UCONTEXT": "ON" if ucontext else "OFF",
-        "LOWBIT_CSRC": str(csrc or ROOT / "csrc"),
+        "MUTANTS": "ON" if mutants else "OFF",
+        "LOWBIT_CSRC": str(mutants or ROOT / "csrc"),
         "Python_EXECUTABLE": sys.executable,
         "LOWBIT_OPS_LIBRARY": "" if target == "self_test" else str(ops_library()),
     }
@@ -100,11 +103,12 @@ def build(
     return folder / (target if target == "self_test" else f"lib{target}.so")
 
 
-def sanitizer_preload() -> str:
-    """What LD_PRELOAD must name for a sanitized library to be loaded into Python."""
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")  # libstdc++ so that a throw is intercepted from the start
+def sanitizer_environment() -> dict[str, str]:
+    """For a Python that loads a sanitized library."""
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")  # libstdc++, so that a throw is intercepted from the start
     found = [subprocess.run([compiler(), f"-print-file-name={n}"], capture_output=True, text=True) for n in names]
-    return ":".join(str(Path(f.stdout.strip()).resolve()) for f in found)
+    paths = [str(Path(f.stdout.strip()).resolve()) for f in found]
+    return {**SANITIZER_OPTIONS, "LD_PRELOAD": ":".join(paths)}
 
 
 def main() -> None:

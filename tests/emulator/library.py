@@ -34,10 +34,10 @@ class Emulator:
 
     def __init__(self, library: Path):
         self.path = library
-        self._c = ctypes.CDLL(str(library))
-        self._c.lowbit_emulator_launches.restype = ctypes.c_char_p
-        self._c.lowbit_emulator_set_orders.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
-        self._c.lowbit_emulator_set_shared.argtypes = [ctypes.c_int64]
+        self.c = ctypes.CDLL(str(library))
+        self.c.lowbit_emulator_launches.restype = ctypes.c_char_p
+        self.c.lowbit_emulator_set_orders.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
+        self.c.lowbit_emulator_set_shared.argtypes = [ctypes.c_int64]
         self.ops: Any = torch.ops.lowbit_emulator
         self.reset()
 
@@ -63,25 +63,25 @@ class Emulator:
 
     def set_device(self, capability: int, sms: int) -> bool:
         self._device = (capability, sms)
-        self._c.lowbit_emulator_set_device(capability, sms)
+        self.c.lowbit_emulator_set_device(capability, sms)
         return True
 
     def set_shared(self, per_block: int) -> None:
         """Bytes of shared memory that a block may have; the next set_device undoes it."""
-        self._c.lowbit_emulator_set_shared(per_block)
+        self.c.lowbit_emulator_set_shared(per_block)
 
     def set_order(self, order: Order, seed: int = 0) -> None:
         """Of threads and of blocks. With one worker (the default) a seed gives the same order every time."""
         index = ORDERS.index(order)
-        self._c.lowbit_emulator_set_orders(index, index, seed)
+        self.c.lowbit_emulator_set_orders(index, index, seed)
 
     def set_workers(self, count: int) -> None:
         """CPU threads that run blocks."""
-        self._c.lowbit_emulator_set_workers(count)
+        self.c.lowbit_emulator_set_workers(count)
 
     def set_poison(self, byte: int) -> None:
         """What shared memory holds before a kernel writes to it."""
-        self._c.lowbit_emulator_set_poison(byte)
+        self.c.lowbit_emulator_set_poison(byte)
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[Emulator]:
@@ -94,12 +94,12 @@ class Emulator:
     # ---- what ran ----------------------------------------------------------------------------------------------------
 
     def reset_launches(self) -> None:
-        self._c.lowbit_emulator_reset_launches()
+        self.c.lowbit_emulator_reset_launches()
 
     def launches(self) -> dict[str, int]:
         """How often each kernel was launched since the last reset, by its instantiation: "kernel<64, true>"."""
         counts: dict[str, int] = {}
-        for line in self._c.lowbit_emulator_launches().decode().splitlines():
+        for line in self.c.lowbit_emulator_launches().decode().splitlines():
             count, address, _ = line.split(" ", 2)
             name = self._symbols[int(address, 16)]
             counts[name] = counts.get(name, 0) + int(count)

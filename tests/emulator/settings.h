@@ -41,3 +41,7 @@ LOWBIT_EMULATOR_API void lowbit_emulator_set_shared(int64_t per_block);
 // One line per kernel that ran since the last reset: launches, address within the library (hexadecimal), name.
 LOWBIT_EMULATOR_API const char* lowbit_emulator_launches();
 LOWBIT_EMULATOR_API void lowbit_emulator_reset_launches();
+
+// Of a mutated build (mutant.h): switches a mutant on (-1: none) and forgets what was reached; whether a place was reached.
+LOWBIT_EMULATOR_API void lowbit_emulator_set_mutant(int place);
+LOWBIT_EMULATOR_API int lowbit_emulator_reached(int place);

@@ -1,0 +1,205 @@
+"""Few problems that reach every line of every kernel, for what is too slow to run on all: sanitizers and mutants.
+
+Kernels may be compiled for few formats then (LOWBIT_EMULATOR_ONE_FORMAT): int4, int3 (two planes), int8 and fp8, bf16. Sizes are
+ragged on every side, and tiles are shared among blocks. Each problem checks its own results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import build
+from .library import Emulator
+
+sys.path[:0] = [p for p in (str(build.ROOT / "tests"), str(build.ROOT / "tests" / "cuda")) if p not in sys.path]
+
+import cases  # noqa: E402
+import problems  # noqa: E402
+import reference  # noqa: E402
+import test_cuda_a8 as a8  # noqa: E402
+import test_cuda_grad as grad  # noqa: E402
+from reference import Spec  # noqa: E402
+
+Outputs = list[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    run: Callable[[Emulator], Outputs]  # raises where the results are wrong
+
+
+def emulator(library: Path | None = None) -> Emulator:
+    torch.set_num_threads(1)
+    return Emulator.load(library)
+
+
+def same_bits(some: Outputs, others: Outputs) -> bool:
+    return len(some) == len(others) and all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+# ---- GEMM --------------------------------------------------------------------------------------------------------------
+
+INT4 = Spec("int4", "int", 32, "float16")
+INT3 = Spec("int3", "none", 128, "bfloat16")
+#: Scales in the strip's table and not in tiles; groups that meet no cell's end.
+TABLE = Spec("int4", "offset", 48, "float32")
+BLOCKS = Spec("fp8_e4m3", "none", 128, "float32", "block128")
+
+
+def tokens_of(kernel: str) -> int:
+    return int(kernel.rsplit("_m", 1)[1]) if "_m" in kernel else 8
+
+
+def gemm(kernel: str, spec: Spec, M: int, N: int, K: int, sms: int) -> Case:
+    bias = {0: None, 1: torch.bfloat16, 2: torch.float32}[M % 3]
+    problem = problems.Problem(spec, M, N, K, torch.bfloat16, bias)
+
+    def run(backend: Emulator) -> Outputs:
+        backend.set_device(90, sms)
+        with problems.forced(kernel):
+            return [problems.check_gemm(backend, problem)]
+
+    return Case(f"gemm {kernel} {spec.format}-{spec.zero_kind}-g{spec.group_size} M={M} N={N} K={K} sms={sms}", run)
+
+
+def gemm_cases(kernel: str) -> list[Case]:
+    tokens = tokens_of(kernel)
+    specs = (INT4, INT3, TABLE, BLOCKS)
+    rows = (tokens - 1, tokens, max(1, tokens - 5), tokens + 3 if kernel.startswith("matrix") else 1)
+    shapes = ((130, 456, 3), (70, 328, 1), (200, 640, 2), (65, 264, 4))
+    return [gemm(kernel, spec, M, *shape) for spec, M, shape in zip(specs, rows, shapes, strict=True)]
+
+
+def any_input(kernel: str) -> Case:
+    """x as it comes: gathered by perm, at an odd stride, with K that is no multiple of 8."""
+
+    def run(backend: Emulator) -> Outputs:
+        outputs = []
+        for K, has_perm in ((100, True), (130, False)):
+            spec = dataclasses.replace(INT4, has_perm=has_perm)
+            p = problems.Problem(spec, 5, 66, K, torch.bfloat16)
+            wide = torch.full((5, 2 * K + 3), torch.nan, dtype=p.dtype)
+            wide[:, 1 : K + 1] = p.x()
+            with problems.forced(kernel):
+                y = problems.gemm(backend, p, wide[:, 1 : K + 1])
+            reference.assert_close(y, problems.expected(p), p)
+            outputs.append(y)
+        return outputs
+
+    return Case(f"gemm {kernel}, x as it comes", run)
+
+
+def gemm_a8(kernel: str, kind: str, activation: str, group: int, M: int, N: int, K: int, sms: int) -> Case:
+    format, zero_kind, scaling = cases.KINDS[kind]
+    spec = Spec(format, zero_kind, group, "float32", scaling)
+
+    def run(backend: Emulator) -> Outputs:
+        backend.set_device(90, sms)
+        weight = cases.random_weight(spec, N, K)
+        a, x_group = a8.quantized(activation, M, K)
+        bias = cases.random_x(N)
+        with problems.forced(kernel):
+            y = a8.gemm_a8(backend, a, weight, bias, torch.bfloat16)
+        reference.assert_close(y, a8.expected(weight, a, x_group, bias, torch.bfloat16), (kernel, spec))
+        return [y]
+
+    return Case(f"gemm_a8 {kernel} {kind}-g{group} {activation} M={M} N={N} K={K} sms={sms}", run)
+
+
+def gemm_a8_cases(kernel: str) -> list[Case]:
+    tokens = tokens_of(kernel)
+    if kernel.startswith("a8_fp8"):
+        kinds = (("fp8_e4m3", "fp8", 32), ("fp8_e4m3-block128", "fp8-g128", 128))
+    elif kernel.startswith("a8_int"):
+        kinds = (("int4-int", "int8-asym", 32), ("int3", "int8-g128", 48), ("int8", "int8", -1))
+    else:
+        kinds = (("int4", "fp8", 32), ("int3", "int8-asym", 48))
+    shapes = ((tokens - 1, 130, 456, 3), (tokens + 2, 70, 328, 1), (3, 200, 640, 2))
+    return [gemm_a8(kernel, *kind, *shape) for kind, shape in zip(kinds, shapes, strict=False)]
+
+
+def grad_case(kernel: str, spec: Spec, M: int, N: int, K: int) -> Case:
+    def run(backend: Emulator) -> Outputs:
+        dy = cases.random_x(M, N, dtype=torch.bfloat16)
+        with problems.forced(kernel):
+            dx = grad.grad(backend, dy, spec, N, K)
+        reference.assert_close(dx, grad.expected(dy, spec, N, K), (kernel, spec))
+        return [dx]
+
+    return Case(f"gemm_grad_input {kernel} {spec.format}-{spec.zero_kind}-g{spec.group_size} M={M} N={N} K={K}", run)
+
+
+# ---- weights and activations -------------------------------------------------------------------------------------------
+
+
+def pack_case(spec: Spec, N: int, K: int) -> Case:
+    """Back as it was, and dequantized to the CPU's bits."""
+
+    def run(backend: Emulator) -> Outputs:
+        weight = cases.random_weight(spec, N, K)
+        w = problems.pack(backend, weight)
+        back = backend.ops.unpack(w, N, K, problems.cuda_desc(spec))
+        for got, given in zip(back, weight.tensors, strict=True):
+            assert got.numel() == 0 if given is None else torch.equal(got, given)
+        canonical = cases.desc(spec)
+        dense = [backend.ops.dequantize(*weight.tensors, N, K, canonical, dtype) for dtype in cases.DTYPES]
+        for got in dense:
+            assert torch.equal(got, weight.dense().to(got.dtype)), "dequantize"
+        return [w, *back, *dense]
+
+    return Case(f"pack and dequantize {spec} N={N} K={K}", run)
+
+
+def quantize_case(spec: Spec, N: int, K: int, search: bool) -> Case:
+    def run(backend: Emulator) -> Outputs:
+        weight = cases.random_x(N, K, dtype=torch.bfloat16)
+        importance = torch.linspace(0.5, 2, K) if search else None
+        arguments = (weight, cases.desc(spec), search, importance)
+        outputs = list(backend.ops.quantize(*arguments))
+        assert same_bits(outputs, list(torch.ops.lowbit.quantize(*arguments))), "not what the CPU makes of it"
+        return outputs
+
+    return Case(f"quantize {spec} N={N} K={K}{' search' if search else ''}", run)
+
+
+def quantize_activation_case(activation: str, M: int, K: int) -> Case:
+    format, group, symmetric = a8.ACTIVATIONS[activation]
+
+    def run(backend: Emulator) -> Outputs:
+        x = (cases.random_x(M, 2 * K + 1, dtype=torch.bfloat16) + 0.25)[:, 1 : K + 1]
+        arguments = (x, format, group, None, None, torch.linspace(0.5, 2, K), symmetric)
+        outputs = list(backend.ops.quantize_activation(*arguments))
+        assert same_bits(outputs, list(torch.ops.lowbit.quantize_activation(*arguments))), (
+            "not what the CPU makes of it"
+        )
+        return outputs
+
+    return Case(f"quantize_activation {activation} M={M} K={K}", run)
+
+
+@functools.cache
+def all_cases() -> tuple[Case, ...]:
+    with_perm = dataclasses.replace(INT4, has_perm=True)
+    listed = [case for kernel in problems.A16 for case in gemm_cases(kernel)]
+    listed += [any_input(kernel) for kernel in problems.A16]
+    listed += [case for kernel in problems.A8 for case in gemm_a8_cases(kernel)]
+    for kernel in problems.GRAD:
+        listed += [grad_case(kernel, with_perm, 20, 130, 200), grad_case(kernel, INT3, 66, 65, 136)]
+    listed += [pack_case(with_perm, 70, 300), pack_case(INT3, 65, 136), pack_case(BLOCKS, 130, 264)]
+    listed += [pack_case(TABLE, 66, 104), quantize_case(INT4, 33, 100, False), quantize_case(INT3, 17, 264, True)]
+    listed += [quantize_case(BLOCKS, 130, 200, False), quantize_case(TABLE, 9, 100, False)]
+    listed += [quantize_activation_case(name, 5, 300) for name in a8.ACTIVATIONS if name != "int8-g128"]
+    return tuple(listed)
+
+
+CASES = all_cases()
