@@ -58,21 +58,32 @@ __device__ inline float* partial_slot(const Schedule& s, int64_t block, int64_t 
   return s.partials + slot * values;
 }
 
-// Turns a block's part of a shared tile, kCount values in each of kThreads threads, into the tile's sum. True in all
+// Calls f(value, j) for all values of an array of any shape, j = 0, 1, ...
+template <class F>
+__device__ void for_each_value(float& value, int j, F f) {
+  f(value, j);
+}
+template <class Element, int kCount, class F>
+__device__ void for_each_value(Element (&values)[kCount], int j, F f) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    for_each_value(values[i], j * kCount + i, f);
+}
+
+// Turns a block's part of a shared tile, an array of fp32 in each of kThreads threads, into the tile's sum. True in all
 // threads of the one block that then holds it; the other blocks are done with the tile. All threads of the block call it,
 // with one word of shared memory that nothing else uses meanwhile.
-template <int kThreads, int kCount>
+template <int kThreads, class Values>
 __device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t block,
-                             float (&values)[kCount], uint32_t* elected) {
-  constexpr int tile_values = kThreads * kCount;
+                             Values& values, uint32_t* elected) {
+  constexpr int tile_values = kThreads * static_cast<int>(sizeof(Values) / sizeof(float));
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t begin = segment.tile * s.steps_per_tile;
   const int64_t first = block_of_step(s, begin);
   const int64_t last = block_of_step(s, begin + s.steps_per_tile - 1);
 
-  float* own = partial_slot(s, block, begin, tile_values) + thread;
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) own[j * kThreads] = values[j];
+  float* const own = partial_slot(s, block, begin, tile_values) + thread;
+  for_each_value(values, 0, [&](float& v, int j) { own[j * kThreads] = v; });
 
   ptx::fence_device();  // the stores above come before the count below, for whoever sees the count
   ptx::sync_block();
@@ -87,12 +98,10 @@ __device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t 
   if (!mine) return false;
   ptx::fence_device();
 
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) values[j] = 0.0f;
+  for_each_value(values, 0, [](float& v, int) { v = 0.0f; });
   for (int64_t b = first; b <= last; ++b) {
-    const float* part = partial_slot(s, b, begin, tile_values) + thread;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) values[j] += part[j * kThreads];
+    const float* const part = partial_slot(s, b, begin, tile_values) + thread;
+    for_each_value(values, 0, [&](float& v, int j) { v += part[j * kThreads]; });
   }
   return true;
 }

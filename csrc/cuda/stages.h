@@ -55,6 +55,7 @@ constexpr int64_t exchange_bytes(const Tile& tile) {
                                                       : stored;
   return warp * tile.warps() + 16;
 }
+constexpr int64_t election_offset(const Tile& tile) { return exchange_bytes(tile) - 16; }
 
 constexpr int64_t shared_bytes(const Tile& tile, const StageLayout& stage, int stages) {
   return std::max(int64_t{rings(tile)} * stages * stage.bytes, exchange_bytes(tile));

@@ -213,16 +213,16 @@ __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].blocks_
   constexpr int warps = tile.warps();
 
   StreamWarp<kFormat, T, tile.tokens, warps> warp(p, layout);
-  uint32_t* const elected = reinterpret_cast<uint32_t*>(dynamic_shared());
+  uint32_t* const elected = reinterpret_cast<uint32_t*>(dynamic_shared() + election_offset(tile));
   Share share(p.schedule, blockIdx.x);
   for (Segment segment; share.next(segment); ptx::sync_block()) {
     float sums[kFragments][tile.tokens / 8][4];
     warp.multiply(segment, sums);
     float values[tile.tokens / 4];
     warp.add_warps(sums, values);
-    if (!segment.whole) {
-      ptx::sync_block();  // the word of the election lies over the exchange
-      if (!sum_segments<32 * warps>(p.schedule, segment, blockIdx.x, values, elected)) continue;
+    if (!segment.whole &&
+        !sum_segments<32 * warps>(p.schedule, segment, blockIdx.x, values, elected)) {
+      continue;
     }
 #pragma unroll
     for (int j = 0; j < tile.tokens / 8; ++j) {
