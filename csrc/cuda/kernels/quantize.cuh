@@ -60,7 +60,7 @@ struct Group {
 // A lane's elements. `Body(x, column)` is called for each in order.
 template <bool kInRegisters>
 struct Elements {
-  float kept[kInRegisters ? kKept : 1];
+  float kept[kInRegisters ? kKept : 1] = {};
 
   __device__ void load(const Group& group, int lane) {
     if constexpr (kInRegisters) {
