@@ -36,7 +36,7 @@ inline constexpr Tile kTiles[] = {
     {Kernel::kA8Fp8, "a8_fp8_m16", 64, 16, 128, 1, 1, 4, 3, 2},
     {Kernel::kA8Fp8, "a8_fp8_m64", 128, 64, 128, 2, 2, 1, 3, 2},
     {Kernel::kA8Decode, "a8_decode_m64", 128, 64, 64, 2, 2, 1, 3, 2},
-    {Kernel::kGrad, "grad_m64", 64, 64, 64, 1, 2, 2, 2, 2},
+    {Kernel::kGrad, "grad_m64", 128, 64, 64, 4, 1, 1, 4, 2},
     {Kernel::kGeneral, "general", 1, 1, 1, 1, 1, 1, 1, 1},
     {Kernel::kGeneralGrad, "general", 1, 1, 1, 1, 1, 1, 1, 1},
 };

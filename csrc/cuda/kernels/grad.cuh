@@ -1,0 +1,247 @@
+// gemm_grad_input on tensor cores: dx[M, K] = dy[M, N] W[N, K] for 16-bit dy, sums over N in order, in fp32.
+//
+// A block computes 64 tokens x 128 columns of dx and walks over the strips of W, 64 rows each. dy is mma's A operand,
+// 16 tokens x 16 n, weights its B operand, 16 n x 8 k:
+//
+//                   k of the block's columns
+//             0     32    64    96   128
+//   tokens 0  +-----+-----+-----+-----+       warp = columns / 32: two cells of 16 k, all tokens, so that each weight is
+//             |  0  |  1  |  2  |  3  |       decoded by one warp only
+//         64  +-----+-----+-----+-----+
+//
+// The layout has a pair of neighbouring k in a register and n over the lanes, which suits products that are summed over k.
+// Here n is summed over and belongs into the register: movmatrix transposes each 8 x 8 piece after decoding. Registers 0
+// and 1 of a decoded fragment (n 0..7 and 8..15 of k 0..7) so become B of the columns 0..7, registers 2 and 3 B of 8..15.
+//
+// Scales vary along n, within a product: they are multiplied into the weights, rounded once to 16 bits.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/epilogue.cuh"
+#include "cuda/kernels/formats.h"
+#include "cuda/launch.cuh"
+#include "cuda/launchers.h"
+#include "cuda/pipeline.cuh"
+#include "cuda/scales.cuh"
+#include "cuda/schedule.cuh"
+#include "cuda/stages.h"
+
+namespace lowbit::cuda {
+
+inline constexpr int kGradTile = tile_index("grad_m64");
+
+template <Format kFormat, class T>
+class GradWarp {
+ public:
+  static constexpr Tile kShape = kTiles[kGradTile];
+  static constexpr int kHalves = kShape.rows / kStep;  // of the block's columns: as far as a step of the layout goes
+  static constexpr int kHalfThreads = kShape.threads() / kHalves;
+  static constexpr int kCells = kShape.rows / kCellK / kShape.warps();  // of a warp
+  static constexpr int kTokens16 = kShape.tokens / 16;
+  static_assert(kShape.step == kStripRows && kStripRows == kStep, "a step is a strip, and 64 columns of dy");
+  static_assert(kHalves * kStep == kShape.rows && kStepCells % kCells == 0, "a warp stays in one half");
+  using Words = typename Codec<kFormat>::Words;
+  using Sums = float[kTokens16][kCells][2][4];  // [16 tokens][16 columns][8 columns of them][register of D]
+
+  __device__ GradWarp(const GemmParams& p, const StageLayout& layout)
+      : p_(p),
+        layout_(layout),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        half_(static_cast<int>(threadIdx.x) / kHalfThreads),
+        first_cell_(static_cast<int>(threadIdx.x) / 32 * kCells % kStepCells),
+        copy_(static_cast<int>(threadIdx.x) % kHalfThreads, p.schedule.tiles_m == 1),
+        group_of_(p.w),
+        cells_((p.w.K + kCellK - 1) / kCellK),
+        scaling_(p.w.scale_dtype == T::kScaleDtype && !has_fractions(p.w) ? Scaling16::kPairs
+                                                                          : Scaling16::kFloats) {}
+
+  __device__ void multiply(const Segment& segment, Sums& sums) {
+    for_each_value(sums, 0, [](float& v, int) { v = 0.0f; });
+    locate(segment);
+    int fetched = segment.first, filled = 0, read = 0;
+    for (int j = 0; j < p_.stages - 1; ++j) fetch(segment, fetched, filled);
+    for (int strip = segment.first; strip < segment.last; ++strip) {
+      wait_for_oldest(p_.stages);
+      ptx::sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
+      fetch(segment, fetched, filled);
+      multiply_strip(dynamic_shared() + read * layout_.bytes, sums);
+      advance(read);
+    }
+    ptx::cp_async_wait<0>();
+    ptx::sync_block();  // what follows lies over the ring
+  }
+
+  // Straight from D's registers: eight rows of 16 bytes (32 in fp32) at a time, whole sectors once both halves are there.
+  __device__ void store(const Segment& segment, const Sums& sums) const {
+    const int g = lane_ / 4, t = lane_ % 4;
+    const int64_t column = int64_t{step_of(segment, half_)} * kStep + first_cell_ * kCellK + 2 * t;
+    const int64_t m = int64_t{segment.tile_m} * kShape.tokens + g;
+#pragma unroll
+    for (int i = 0; i < kTokens16; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4 * kCells; ++j) {  // cell, half of the cell, row g or g + 8
+        const float(&d)[4] = sums[i][j / 4][j % 2];
+        const int64_t token = m + 16 * i + j / 2 % 2 * 8;
+        const int64_t k = column + j / 4 * kCellK + j % 2 * 8;
+        float pair[2] = {d[j / 2 % 2 * 2], d[j / 2 % 2 * 2 + 1]};
+        if (inside(token, p_.x.M)) store_row(p_.y, token, k, p_.w.K, pair);
+      }
+    }
+  }
+
+ private:
+  __device__ void advance(int& slot) const { slot = slot + 1 == p_.stages ? 0 : slot + 1; }
+
+  // Steps of 64 k, as the layout counts them.
+  static __device__ int step_of(const Segment& segment, int half) {
+    return segment.tile_n * kHalves + half;
+  }
+
+  // Which groups this warp's cells are in; the same for every strip.
+  __device__ void locate(const Segment& segment) {
+    const int step = step_of(segment, half_);
+    const int first_group = group_of_(step * kStepCells);
+#pragma unroll
+    for (int c = 0; c < kCells; ++c) {
+      const int cell = step * kStepCells + first_cell_ + c;
+      real_[c] = inside(cell, cells_);
+      const int at = real_[c] ? group_of_(cell) - first_group : 0;
+      scales_at_[c] = layout_.scales + (half_ * layout_.groups + at) * p_.w.scale_row_bytes;
+      zeros_at_[c] = layout_.zeros + (half_ * layout_.groups + at) * p_.w.zero_row_bytes;
+    }
+  }
+
+  // Starts the block's copies of a strip, if there is one: half the threads to each half of its columns, all of them to dy.
+  __device__ void fetch(const Segment& segment, int& strip, int& slot) const {
+    if (strip < segment.last) {
+      uint8_t* stage = dynamic_shared() + slot * layout_.bytes;
+      const int step = step_of(segment, half_);
+      if (inside(step * kStepCells, cells_)) {
+        const StepGroups groups = groups_of_step(p_.w, group_of_, step);
+        fetch_strip<kFormat>(p_.w, strip, step, groups, copy_, codes(stage),
+                             stage + layout_.scales + half_ * layout_.groups * p_.w.scale_row_bytes,
+                             stage + layout_.zeros + half_ * layout_.groups * p_.w.zero_row_bytes);
+      }
+      fetch_tokens<kShape.tokens, kShape.threads()>(p_.x, p_.w.N, segment.tile_m * kShape.tokens, strip,
+                                                    static_cast<int>(threadIdx.x), stage + layout_.x);
+      ++strip;
+      advance(slot);
+    }
+    ptx::cp_async_commit();
+  }
+
+  template <class Byte>
+  __device__ Byte* codes(Byte* stage) const {
+    return stage + half_ * (kStepCells * Planes<kFormat>::kCellBytes);
+  }
+
+  // A fragments: 16 n of all tokens. A matrix of ldmatrix is 8 tokens x 8 n, in the order of A's registers.
+  __device__ void load_tokens(const uint8_t* x, int fragment, uint32_t (&a)[kTokens16][4]) const {
+    const int matrix = lane_ / 8;
+#pragma unroll
+    for (int i = 0; i < kTokens16; ++i)
+      ptx::ldmatrix_x4(a[i], x + swizzled(16 * i + lane_ % 8 + matrix % 2 * 8, 2 * fragment + matrix / 2));
+  }
+
+  __device__ void multiply_strip(const uint8_t* stage, Sums& sums) const {
+    Words words[kCells];
+#pragma unroll
+    for (int c = 0; c < kCells; ++c)
+      load_cell<kFormat, kStepCells>(codes(stage), first_cell_ + c, lane_, words[c]);
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      uint32_t dy[kTokens16][4];
+      load_tokens(stage + layout_.x, i, dy);
+#pragma unroll
+      for (int c = 0; c < kCells; ++c) {
+        if (!real_[c]) continue;
+        uint32_t b[4];
+        weights(stage, words[c], c, i, b);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) b[r] = ptx::movmatrix_transposed(b[r]);
+#pragma unroll
+        for (int j = 0; j < kTokens16; ++j) {
+          T::mma(sums[j][c][0], dy[j], b[0], b[1]);
+          T::mma(sums[j][c][1], dy[j], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // One fragment of one cell, decoded and scaled. Its two rows' constants come from shared memory: they are as many as the
+  // strip has rows, and the sums leave no registers to keep them in.
+  __device__ void weights(const uint8_t* stage, const Words& words, int c, int fragment,
+                          uint32_t (&a)[4]) const {
+    const int g = lane_ / 4, position = 8 * g + 2 * fragment;
+    const GroupRows rows{stage + scales_at_[c], stage + zeros_at_[c]};
+    uint32_t zeros[2] = {};
+    if constexpr (Codec<kFormat>::kInteger) {
+      uint32_t z = p_.w.zero_kind == ZeroKind::kNone ? 0x0101u << (Planes<kFormat>::kBits - 1) : 0u;
+      if (p_.w.zero_kind == ZeroKind::kInt) z = *reinterpret_cast<const uint16_t*>(rows.zeros + position);
+      zeros[0] = Codec<kFormat>::template zero<T>(z & 0xffu);
+      zeros[1] = Codec<kFormat>::template zero<T>(z >> 8);
+    }
+    Codec<kFormat>::template decode<T>(words, fragment, zeros[0], zeros[1], a);
+    if (scaling_ == Scaling16::kFloats) {
+      scale_floats<kFormat, T>(p_.w, words, fragment, rows, g, a);
+      return;
+    }
+    const bool one = p_.w.one_scale;
+    const uint32_t pair =
+        *reinterpret_cast<const uint32_t*>(rows.scales + (one ? 0 : 2 * position));
+    uint32_t scales[kLaneRows] = {};
+    scales[2 * fragment] = ptx::prmt(pair, 0u, 0x1010u);
+    scales[2 * fragment + 1] = ptx::prmt(pair, 0u, one ? 0x1010u : 0x3232u);
+    scale_pairs<kFormat, T>(words, fragment, scales, a);
+  }
+
+  const GemmParams& p_;
+  const StageLayout& layout_;
+  const int lane_;
+  const int half_;        // of the block's columns, to copy and to multiply
+  const int first_cell_;  // of that half, the first of this warp's
+  const Copier<kHalfThreads> copy_;
+  const GroupOfCell group_of_;
+  const int cells_;
+  const Scaling16 scaling_;
+  bool real_[kCells] = {};  // whether the cell begins before K
+  int scales_at_[kCells] = {}, zeros_at_[kCells] = {};  // bytes from the stage's start
+};
+
+template <Format kFormat, class T>
+__global__ void __launch_bounds__(kTiles[kGradTile].threads(), kTiles[kGradTile].blocks_per_sm)
+    grad_kernel(const GemmParams p, const StageLayout layout) {
+  using Warp = GradWarp<kFormat, T>;
+  constexpr Tile tile = kTiles[kGradTile];
+  Warp warp(p, layout);
+  uint32_t* const elected = reinterpret_cast<uint32_t*>(dynamic_shared() + election_offset(tile));
+  Share share(p.schedule, blockIdx.x);
+  for (Segment segment; share.next(segment); ptx::sync_block()) {
+    typename Warp::Sums sums;
+    warp.multiply(segment, sums);
+    if (!segment.whole &&
+        !sum_segments<tile.threads()>(p.schedule, segment, blockIdx.x, sums, elected)) {
+      continue;
+    }
+    warp.store(segment, sums);
+  }
+}
+
+// Instantiated by grad_*.cu, a few formats each.
+template <Format kFormat>
+void run_grad(const GemmParams& p, Stream stream);
+
+#define LOWBIT_INSTANTIATE_GRAD(format)                                                     \
+  template <>                                                                               \
+  void run_grad<format>(const GemmParams& p, Stream stream) {                               \
+    constexpr Tile tile = kTiles[kGradTile];                                                \
+    const StageLayout layout = stage_layout(tile, p.w);                                     \
+    with_type(tile.name, p.x.type, [&](auto type) {                                         \
+      launch(tile.name, grad_kernel<format, decltype(type)>,                                \
+             Grid{static_cast<uint32_t>(p.schedule.blocks)}, tile.threads(),                \
+             shared_bytes(tile, layout, p.stages), stream, p, layout);                      \
+    });                                                                                     \
+  }
+
+}  // namespace lowbit::cuda
