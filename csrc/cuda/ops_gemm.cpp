@@ -50,7 +50,7 @@ void run(const char* op, Problem problem, const Weight& weight, RowsParams x, Ou
   problem.x_aligned = is_aligned(x);
   const Config config = choose(op, problem, weight, scope.device());
   const Workspace memory(op, config, workspace, place, scope.stream());
-  GemmParams p{weight.params, x, y, config.schedule};
+  GemmParams p{weight.params, x, y, config.schedule, config.stages};
   if (config.shares_tiles) {
     p.schedule.counters = memory.counters();
     p.schedule.partials = reinterpret_cast<float*>(memory.partials());

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cuda/schedule.h"
+#include "cuda/stages.h"
 #include "cuda/tuning.h"
 #include "formats/format_table.h"
 
@@ -129,8 +130,13 @@ const Tuning* tuning_of(const Tile& tile) {
   return nullptr;  // general kernels have none
 }
 
-// Dynamic shared memory of a block.
-int64_t shared_bytes_of(const KernelRow&, const Problem&, const CudaTile64&) { return 0; }
+// How much shared memory a block takes, and how many blocks a multiprocessor holds. No blocks: it does not fit.
+Residency fit(const KernelRow& row, const CudaTile64& weight, const DeviceInfo& device) {
+  const Tile& tile = row.shape();
+  if (tile.kernel == Kernel::kStream || tile.kernel == Kernel::kMatrix)
+    return residency(tile, weight, device.shared_per_block, device.shared_per_sm);
+  return {tile.stages, tile.blocks_per_sm, 0};
+}
 
 // ---- cutting the work --------------------------------------------------------------------------------------------------
 
@@ -162,11 +168,10 @@ Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weigh
   config.efficiency = 1.0;
   if (row.general) return config;
   const Tile& tile = row.shape();
-  config.shared_bytes = shared_bytes_of(row, p, weight);
-  // A block's shared memory costs the multiprocessor 1 KB more than it asks for.
-  const int64_t fitting = device.shared_per_sm / (config.shared_bytes + 1024);
-  const int64_t resident = std::max<int64_t>(std::min<int64_t>(tile.blocks_per_sm, fitting), 1);
-  const int64_t slots = resident * device.sm_count;
+  const Residency resident = fit(row, weight, device);
+  config.stages = resident.stages;
+  config.shared_bytes = resident.shared_bytes;
+  const int64_t slots = int64_t{std::max(resident.blocks_per_sm, 1)} * device.sm_count;
   config.schedule = cut(p, tile, *tuning_of(tile), slots);
   config.efficiency = efficiency_of(config.schedule, slots);
   config.shares_tiles = shares_tiles(config.schedule);
@@ -188,13 +193,18 @@ Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weigh
 
 // ---- choosing ----------------------------------------------------------------------------------------------------------
 
-// The bits of a row must not depend on how many rows there are: nothing may be shared among blocks or warps along K.
+// Tiles that add along K in one order whatever M is, and the same in every tile of their kernel: with whole tiles, the bits
+// of a row then depend on nothing but the row. (Two matrix tiles slice K among their warps alike, the widest does not.)
+constexpr const char* kInvariantTiles[] = {"matrix_m32",  "matrix_m64", "a8_int_m64",
+                                           "a8_int_m128", "a8_fp8_m64", "a8_decode_m64",
+                                           "grad_m64"};
+
 bool refuse_order(const KernelRow& row, const Problem& p, const Why& why) {
   if ((p.flags & kBatchInvariant) == 0 || row.general) return false;
-  const Tile& tile = row.shape();
-  if (tile.kernel == Kernel::kGrad || (tile.kernel != Kernel::kStream && tile.warps_k == 1))
-    return false;
-  return why("its warps share K, which kernels for more rows do not; batch_invariant is set");
+  for (const char* name : kInvariantTiles) {
+    if (std::strcmp(name, row.name()) == 0) return false;
+  }
+  return why("its order of additions is not that of other tiles; batch_invariant is set");
 }
 
 // Whether the kernel cannot run the problem on the device.
@@ -203,10 +213,9 @@ bool refuses(const KernelRow& row, const Problem& p, const CudaTile64& weight,
   if (device.capability < row.capability)
     return why("needs sm_", row.capability, ", the device is sm_", device.capability);
   if (row.refuse(p, weight, why) || refuse_order(row, p, why)) return true;
-  const int64_t shared = row.general ? 0 : shared_bytes_of(row, p, weight);
-  if (shared > device.shared_per_block)
-    return why("needs ", shared, " bytes of shared memory, the device has ",
-               device.shared_per_block);
+  if (!row.general && fit(row, weight, device).blocks_per_sm == 0)
+    return why("a block's shared memory, ", device.shared_per_block / 1024,
+               " KB on the device, does not hold its tiles");
   return false;
 }
 
@@ -250,8 +259,32 @@ const char* forced_for(Op op) {
   return nullptr;
 }
 
-std::string describe(const Problem& p) {
-  return concat("M=", p.M, " N=", p.N, " K=", p.K, " ", to_string(p.desc));
+const KernelRow& pick_forced(const char* name, const Problem& p, const CudaTile64& weight,
+                             const DeviceInfo& device) {
+  for (const KernelRow& row : kernel_table()) {
+    if (row.op != p.op || std::strcmp(row.name(), name) != 0) continue;
+    std::string reason;
+    LOWBIT_CHECK(!refuses(row, p, weight, device, Why(&reason)), "kernel ", name,
+                 " is forced and cannot run M=", p.M, " N=", p.N, " K=", p.K, " ",
+                 to_string(p.desc), ": ", reason);
+    return row;
+  }
+  fail("kernel ", name, " is not one of ", name_of(p.op));
+}
+
+// The first row that neither refuses nor defers. Those that deferred to wider tiles which then refused stand in before
+// the general kernel does.
+const KernelRow& pick(const Problem& p, const CudaTile64& weight, const DeviceInfo& device) {
+  if (const char* name = forced_for(p.op)) return pick_forced(name, p, weight, device);
+  const KernelRow* deferred = nullptr;
+  for (const KernelRow& row : kernel_table()) {
+    if (row.op != p.op) continue;
+    if (row.general) return deferred == nullptr ? row : *deferred;
+    if (refuses(row, p, weight, device, Why())) continue;
+    if (!defers(row, p, Why())) return row;
+    deferred = &row;
+  }
+  fail("no CUDA kernel of ", name_of(p.op));  // not reached: each op's last row is general
 }
 
 }  // namespace
@@ -275,20 +308,7 @@ const std::vector<KernelRow>& kernel_table() {
 
 Config select(const Problem& p, const CudaTile64& weight, const DeviceInfo& device) {
   LOWBIT_CHECK(p.M >= 1 && p.M < (int64_t{1} << 30), "M=", p.M, " is outside 1..2^30");
-  const char* name = forced_for(p.op);
-  for (const KernelRow& row : kernel_table()) {
-    if (row.op != p.op) continue;
-    if (name != nullptr) {
-      if (std::strcmp(row.name(), name) != 0) continue;
-      std::string reason;
-      LOWBIT_CHECK(!refuses(row, p, weight, device, Why(&reason)), "kernel ", name,
-                   " is forced and cannot run ", describe(p), ": ", reason);
-      return configure(row, p, weight, device);
-    }
-    if (refuses(row, p, weight, device, Why()) || defers(row, p, Why())) continue;
-    return configure(row, p, weight, device);
-  }
-  fail("no CUDA kernel takes ", describe(p));  // not reached: the general kernel takes everything
+  return configure(pick(p, weight, device), p, weight, device);
 }
 
 void force_kernel(const std::string& name) {
@@ -313,21 +333,19 @@ std::vector<KernelInfo> kernels() {
 std::vector<Verdict> explain(const Problem& p, const DeviceInfo& device) {
   const CudaTile64 weight = cuda_tile64(p.N, p.K, p.desc);
   const char* name = forced_for(p.op);
+  const KernelRow* chosen = name == nullptr ? &pick(p, weight, device) : nullptr;
   std::vector<Verdict> verdicts;
-  bool found = false;
   for (const KernelRow& row : kernel_table()) {
     if (row.op != p.op) continue;
     std::string reason;
     const Why why(&reason);
-    const bool is_forced = name != nullptr && std::strcmp(row.name(), name) == 0;
-    if (!refuses(row, p, weight, device, why) && !is_forced) {
-      if (name != nullptr) {
+    if (!refuses(row, p, weight, device, why)) {
+      if (name != nullptr && std::strcmp(row.name(), name) != 0) {
         why("kernel ", name, " is forced");
-      } else if (!defers(row, p, why) && found) {
+      } else if (chosen != nullptr && chosen != &row && !defers(row, p, why)) {
         why("slower than the chosen one");
       }
     }
-    found = found || reason.empty();
     verdicts.push_back({concat("cuda_", row.name(), "_sm_", row.capability), std::move(reason)});
   }
   return verdicts;
@@ -377,7 +395,7 @@ std::string to_string(const Config& c) {
   percent.precision(0);
   percent << std::fixed << 100 * c.efficiency;
   return concat(t.name, ": tiles of ", t.rows, " x ", t.tokens, ", steps of ", t.step, ", ",
-                t.warps(), " warps, ", t.stages, " stages, ", c.shared_bytes, " bytes shared; ",
+                t.warps(), " warps, ", c.stages, " stages, ", c.shared_bytes, " bytes shared; ",
                 s.tiles_n, " x ", s.tiles_m, " tiles of ", s.steps_per_tile, " steps on ", s.blocks,
                 " blocks", c.shares_tiles ? ", shared" : "", ", ", percent.str(),
                 "% busy; workspace ", c.workspace_bytes, " bytes", c.prepares ? ", x copied" : "");

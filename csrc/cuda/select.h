@@ -55,6 +55,7 @@ struct Config {
   Schedule schedule;
   bool shares_tiles;      // some tile is summed by several blocks: counters and partials are needed
   bool prepares;          // rows of x are copied into the workspace first
+  int stages;             // of a block's ring in shared memory
   int64_t shared_bytes;   // of a block
   int64_t partial_bytes;  // sums of shared tiles
   int64_t prepared_bytes;    // rows of x, gathered and aligned

@@ -26,7 +26,7 @@ inline constexpr Tuning kTuning[] = {
      "unmeasured: one tile of tokens; a wider tile decodes every weight once"},
     {"matrix_m64", 64, 8, 8,
      "unmeasured: one tile of tokens; a wider tile decodes every weight once"},
-    {"matrix_m128", kAnyRows, 16, 4, "unmeasured: partial sums are 64 KB each way"},
+    {"matrix_m128", kAnyRows, 16, 4, "unmeasured: partial sums are 128 KB each way"},
     {"a8_int_m16", 16, 4, 16,
      "unmeasured: one tile of tokens; a second one decodes every weight again"},
     {"a8_int_m64", 64, 4, 8,
