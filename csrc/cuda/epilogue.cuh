@@ -9,97 +9,80 @@
 
 namespace lowbit::cuda {
 
-// Adds bias[n .. n + kCount) in fp32, where n + j < N.
+// bias[n] in fp32; 0 where there is none, and past N.
+__device__ inline float load_bias(const OutParams& y, int64_t n, int64_t N) {
+  if (y.bias == nullptr || !inside(n, N)) return 0.0f;
+  if (y.bias_type == Element::kFloat32) return static_cast<const float*>(y.bias)[n];
+  const uint32_t bits = static_cast<const uint16_t*>(y.bias)[n];
+  return y.bias_type == Element::kFloat16 ? Float16::low(bits) : BFloat16::low(bits);
+}
 template <int kCount>
-__device__ void add_bias(const OutParams& y, int64_t n, int64_t N, float (&values)[kCount]) {
-  if (y.bias == nullptr) return;
+__device__ void load_bias(const OutParams& y, int64_t n, int64_t N, float (&bias)[kCount]) {
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    if (!inside(n + j, N)) continue;
-    if (y.bias_type == Element::kFloat32) {
-      values[j] += static_cast<const float*>(y.bias)[n + j];
-    } else {
-      const uint32_t bits = static_cast<const uint16_t*>(y.bias)[n + j];
-      values[j] += y.bias_type == Element::kFloat16 ? Float16::low(bits) : BFloat16::low(bits);
-    }
-  }
+  for (int j = 0; j < kCount; ++j) bias[j] = load_bias(y, n + j, N);
 }
 
 namespace detail {
 
-// Whether kBytes can be stored at once.
-template <int kBytes>
-__device__ bool is_aligned(const void* to) {
-  return reinterpret_cast<uintptr_t>(to) % kBytes == 0;
+__device__ inline uint32_t round_pair(Element type, float low, float high) {
+  return type == Element::kFloat16 ? Float16::pack(low, high) : BFloat16::pack(low, high);
 }
 
+__device__ inline void store_one(const OutParams& y, int64_t at, float value) {
+  if (y.type == Element::kFloat32) {
+    static_cast<float*>(y.data)[at] = value;
+  } else {
+    static_cast<uint16_t*>(y.data)[at] = static_cast<uint16_t>(round_pair(y.type, value, 0.0f));
+  }
+}
+
+// kCount words at once, where `to` is aligned for as many, up to 16 bytes.
 template <int kCount>
-__device__ void store_words(void* to, const uint32_t (&words)[kCount]) {
-  static_assert(kCount == 1 || kCount == 2 || kCount == 4 || kCount == 8, "whole vectors");
+__device__ void store_words(uint8_t* to, const uint32_t (&words)[kCount]) {
   if constexpr (kCount == 1) {
-    *static_cast<uint32_t*>(to) = words[0];
+    *reinterpret_cast<uint32_t*>(to) = words[0];
   } else if constexpr (kCount == 2) {
-    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
   } else {
 #pragma unroll
     for (int j = 0; j < kCount; j += 4)
-      static_cast<uint4*>(to)[j / 4] = make_uint4(words[j], words[j + 1], words[j + 2], words[j + 3]);
-  }
-}
-
-// y[m, n .. n + kCount) as fp32.
-template <int kCount>
-__device__ void store_floats(const OutParams& y, int64_t m, int64_t n, int64_t N,
-                             const float (&values)[kCount]) {
-  float* to = static_cast<float*>(y.data) + m * y.stride + n;
-  constexpr int vector = kCount * 4 < 16 ? kCount * 4 : 16;
-  if (inside(n + kCount - 1, N) && is_aligned<vector>(to)) {
-    uint32_t words[kCount];
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) words[j] = ptx::float_as_bits(values[j]);
-    store_words(to, words);
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    if (inside(n + j, N)) to[j] = values[j];
-  }
-}
-
-template <int kCount>
-__device__ void store_halves(const OutParams& y, int64_t m, int64_t n, int64_t N,
-                             const float (&values)[kCount]) {
-  uint16_t* to = static_cast<uint16_t*>(y.data) + m * y.stride + n;
-  uint32_t pairs[kCount / 2];
-  const bool is_half = y.type == Element::kFloat16;
-#pragma unroll
-  for (int j = 0; j < kCount / 2; ++j)
-    pairs[j] = is_half ? Float16::pack(values[2 * j], values[2 * j + 1])
-                       : BFloat16::pack(values[2 * j], values[2 * j + 1]);
-  if (inside(n + kCount - 1, N) && is_aligned<kCount * 2>(to)) {
-    store_words(to, pairs);
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    if (inside(n + j, N)) to[j] = static_cast<uint16_t>(pairs[j / 2] >> (16 * (j % 2)));
+      reinterpret_cast<uint4*>(to)[j / 4] =
+          make_uint4(words[j], words[j + 1], words[j + 2], words[j + 3]);
   }
 }
 
 }  // namespace detail
 
-// y[m, n .. n + kCount) = values + bias, rounded once. Columns past N are left alone; one vector where y's rows are
-// aligned for it, which a ragged N or a view need not be.
+// y[m, n .. n + kCount) = values + bias, rounded once; columns past N are left alone. Vectors where y's rows are aligned
+// for them, which a view, or a ragged N, need not be.
 template <int kCount>
-__device__ void store_row(const OutParams& y, int64_t m, int64_t n, int64_t N,
-                          float (&values)[kCount]) {
-  static_assert(kCount % 2 == 0 && kCount <= 8, "pairs of 16 bits, at most one vector of them");
-  add_bias(y, n, N, values);
-  if (y.type == Element::kFloat32) {
-    detail::store_floats(y, m, n, N, values);
-  } else {
-    detail::store_halves(y, m, n, N, values);
+__device__ void store_row(const OutParams& y, int64_t m, int64_t n, int64_t N, const float* values,
+                          const float (&bias)[kCount]) {
+  static_assert(kCount == 2 || kCount == 8, "a pair or a 16-byte vector of 16-bit elements");
+  const bool wide = y.type == Element::kFloat32;
+  const int64_t at = m * y.stride + n;
+  uint8_t* const to = static_cast<uint8_t*>(y.data) + at * (wide ? 4 : 2);
+  const uintptr_t vector = kCount == 8 ? 16 : wide ? 8 : 4;
+  if (!inside(n + kCount - 1, N) || reinterpret_cast<uintptr_t>(to) % vector != 0) {
+#pragma unroll(kCount == 2 ? 2 : 1)
+    for (int j = 0; j < kCount; ++j) {
+      if (inside(n + j, N)) detail::store_one(y, at + j, values[j] + load_bias(y, n + j, N));
+    }
+    return;
   }
+  uint32_t words[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) words[j] = ptx::float_as_bits(values[j] + bias[j]);
+  if (wide) {
+    detail::store_words(to, words);
+    return;
+  }
+  uint32_t pairs[kCount / 2];
+#pragma unroll
+  for (int j = 0; j < kCount / 2; ++j)
+    pairs[j] = detail::round_pair(y.type, ptx::bits_as_float(words[2 * j]),
+                                  ptx::bits_as_float(words[2 * j + 1]));
+  detail::store_words(to, pairs);
 }
 
 }  // namespace lowbit::cuda

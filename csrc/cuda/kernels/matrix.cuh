@@ -75,13 +75,20 @@ class MatrixWarp {
     if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
     const bool has_rows = inside(segment.tile_n * kStrips + strip_, p_.w.strips);
     int fetched = segment.first, filled = 0, read = 0;
-    for (int j = 0; j < p_.stages - 1; ++j) fetch(segment, fetched, filled);
-    for (int step = segment.first; step < segment.last; ++step) {
-      wait_for_oldest(p_.stages);
-      ptx::sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
+    int ahead = p_.stages - 1;  // copies to start before the first wait
+    for (int step = segment.first; ahead > 0 || step < segment.last;) {
+      if (ahead == 0) {
+        wait_for_oldest(p_.stages);
+        ptx::sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
+      }
       fetch(segment, fetched, filled);
+      if (ahead > 0) {
+        --ahead;
+        continue;
+      }
       if (has_rows) multiply_step(dynamic_shared() + read * layout_.bytes, step, sums);
       advance(read);
+      ++step;
     }
     ptx::cp_async_wait<0>();
     ptx::sync_block();  // what follows lies over the ring
@@ -128,8 +135,11 @@ class MatrixWarp {
   __device__ void store(const Segment& segment, const OwnSums& own) const {
     const int warp = part_ * kStrips + strip_, g = lane_ / 4, t = lane_ % 4;
     float* turned = reinterpret_cast<float*>(dynamic_shared()) + warp * 8 * kPaddedRows;
-    const int64_t n = (int64_t{segment.tile_n} * kStrips + strip_) * kStripRows;
+    const int first = lane_ % 8 * 8;  // of the 64 rows
+    const int64_t n = (int64_t{segment.tile_n} * kStrips + strip_) * kStripRows + first;
     const int64_t m = int64_t{segment.tile_m} * kShape.tokens + part_ * 8 * kOwn8;
+    float bias[8];
+    load_bias(p_.y, n, p_.w.N, bias);
 #pragma unroll
     for (int b = 0; b < kOwn8; ++b) {
 #pragma unroll
@@ -139,13 +149,10 @@ class MatrixWarp {
           turned[(2 * t + r % 2) * kPaddedRows + 16 * i + g + 8 * (r / 2)] = own[i][b][r];
       }
       ptx::sync_warp();
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int token = (lane_ + 32 * j) / 8, first = lane_ % 8 * 8;
-        const float4* from = reinterpret_cast<const float4*>(turned + token * kPaddedRows + first);
-        const float4 low = from[0], high = from[1];
-        float row[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        if (inside(m + 8 * b + token, p_.x.M)) store_row(p_.y, m + 8 * b + token, n + first, p_.w.N, row);
+#pragma unroll 1
+      for (int token = lane_ / 8; token < 8; token += 4) {
+        if (inside(m + 8 * b + token, p_.x.M))
+          store_row(p_.y, m + 8 * b + token, n, p_.w.N, turned + token * kPaddedRows + first, bias);
       }
       ptx::sync_warp();
     }
@@ -201,7 +208,7 @@ class MatrixWarp {
     const int first_group = group_of_(step * kStepCells);
     const int slice = kShape.warps_k == 2 ? part_ : 0;
     const uint8_t* const strip_codes = codes(stage, strip_);
-#pragma unroll
+#pragma unroll 1
     for (int c = 0; c < kCells; ++c) {
       const int in_step = slice * kCells + c;
       const int cell = step * kStepCells + in_step;

@@ -53,13 +53,20 @@ class StreamWarp {
     clear(sums);
     if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
     int fetched = segment.first + warp_, filled = 0, read = 0;
-    for (int j = 0; j < p_.stages - 1; ++j) fetch(segment, fetched, filled);
-    for (int step = segment.first + warp_; step < segment.last; step += kWarps) {
-      wait_for_oldest(p_.stages);
-      ptx::sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
+    int ahead = p_.stages - 1;  // copies to start before the first wait
+    for (int step = segment.first + warp_; ahead > 0 || step < segment.last;) {
+      if (ahead == 0) {
+        wait_for_oldest(p_.stages);
+        ptx::sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
+      }
       fetch(segment, fetched, filled);
+      if (ahead > 0) {
+        --ahead;
+        continue;
+      }
       multiply_step(ring_ + read * layout_.bytes, step, sums);
       advance(read);
+      step += kWarps;
     }
     ptx::cp_async_wait<0>();
   }
@@ -138,40 +145,46 @@ class StreamWarp {
     ptx::ldmatrix_x4(b, x + swizzled(token, piece));
   }
 
+  // Cells one after the other: other warps fill the time that loads take, and code stays short.
   __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {
-    const int g = lane_ / 4;
-    const int first_group = group_of_(step * kStepCells);
+    const int first_cell = step * kStepCells;
+    const int end = first_cell + kStepCells < cells_ ? first_cell + kStepCells : cells_;
+    const int first_group = group_of_(first_cell);
     int group = -1;  // of the cell before
-    float part[kFragments][kBlocks8][4];
+    Sums part;
     uint32_t b[4];
     GroupRows rows{};
-#pragma unroll
-    for (int c = 0; c < kStepCells; ++c) {
-      const int cell = step * kStepCells + c;
-      if (!inside(cell, cells_)) break;
+#pragma unroll 1
+    for (int cell = first_cell; inside(cell, end); ++cell) {
       if (const int of_cell = group_of_(cell); of_cell != group) {
-        if (c > 0) add_group(rows, part, sums);
         group = of_cell;
-        const int at = group - first_group;
-        rows.scales = stage + layout_.scales + at * p_.w.scale_row_bytes;
-        rows.zeros = stage + layout_.zeros + at * p_.w.zero_row_bytes;
-        if (p_.w.zero_kind == ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, rows.zeros, g, zeros_);
+        rows.scales = stage + layout_.scales + (group - first_group) * p_.w.scale_row_bytes;
+        rows.zeros = stage + layout_.zeros + (group - first_group) * p_.w.zero_row_bytes;
+        if (p_.w.zero_kind == ZeroKind::kInt)
+          load_zeros<kFormat, T>(p_.w, rows.zeros, lane_ / 4, zeros_);
         clear(part);
       }
+      const int c = cell - first_cell;
       if (kBlocks8 == 2 || c % 2 == 0) load_tokens(stage + layout_.x, c, b);
       Words words;
       load_cell<kFormat, kStepCells>(stage, c, lane_, words);
-#pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-        uint32_t a[4];
-        Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
-        if (!scale_sums_) scale_floats<kFormat, T>(p_.w, words, i, rows, g, a);
-        constexpr int next = kBlocks8 == 2 ? 0 : 2;  // registers of b from one cell to the next
-        T::mma(part[i][0], a, b[c % 2 * next], b[c % 2 * next + 1]);
-        if constexpr (kBlocks8 == 2) T::mma(part[i][1], a, b[2], b[3]);
-      }
+      multiply_cell(words, rows, c, b, part);
+      if (cell + 1 == end || group_of_(cell + 1) != group) add_group(rows, part, sums);
     }
-    add_group(rows, part, sums);
+  }
+
+  __device__ void multiply_cell(const Words& words, const GroupRows& rows, int c,
+                                const uint32_t (&b)[4], Sums& part) const {
+    const bool second = kBlocks8 == 1 && c % 2 == 1;  // cell of the two whose tokens b holds
+    const uint32_t b0 = second ? b[2] : b[0], b1 = second ? b[3] : b[1];
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      uint32_t a[4];
+      Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
+      if (!scale_sums_) scale_floats<kFormat, T>(p_.w, words, i, rows, lane_ / 4, a);
+      T::mma(part[i][0], a, b0, b1);
+      if constexpr (kBlocks8 == 2) T::mma(part[i][1], a, b[2], b[3]);
+    }
   }
 
   // sums += scale * part, or += part where weights were scaled before.
@@ -224,11 +237,13 @@ __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].blocks_
         !sum_segments<32 * warps>(p.schedule, segment, blockIdx.x, values, elected)) {
       continue;
     }
+const int64_t n = int64_t{segment.tile_n} * kStripRows + warp.row();
+    float bias[2];
+    load_bias(p.y, n, p.w.N, bias);
 #pragma unroll
     for (int j = 0; j < tile.tokens / 8; ++j) {
       const int m = segment.tile_m * tile.tokens + warp.token(j);
-      float row[2] = {values[2 * j], values[2 * j + 1]};
-      if (inside(m, p.x.M)) store_row(p.y, m, segment.tile_n * kStripRows + warp.row(), p.w.N, row);
+      if (inside(m, p.x.M)) store_row(p.y, m, n, p.w.N, values + 2 * j, bias);
     }
   }
 }
