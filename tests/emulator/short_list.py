@@ -6,6 +6,7 @@ ragged on every side, and tiles are shared among blocks. Each problem checks its
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import build
-from .library import Emulator
+from .library import ORDERS, Emulator
 
 sys.path[:0] = [p for p in (str(build.ROOT / "tests"), str(build.ROOT / "tests" / "cuda")) if p not in sys.path]
 
@@ -203,3 +204,32 @@ def all_cases() -> tuple[Case, ...]:
 
 
 CASES = all_cases()
+
+
+def main() -> int:
+    """One line per case: "ok", or what went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", type=Path, help="one that build.py has built")
+    parser.add_argument("--order", default="forward", choices=ORDERS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this text")
+    given = parser.parse_args()
+    backend = emulator(given.library)
+    failures = 0
+    for case in CASES:
+        if given.only not in case.name:
+            continue
+        backend.reset()
+        backend.set_order(given.order, given.seed)
+        try:
+            case.run(backend)
+            answer = "ok"
+        except Exception as error:
+            failures += 1
+            answer = f"{type(error).__name__}: {error}"
+        print(f"{case.name}: {answer}", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
