@@ -68,8 +68,8 @@ def test_static_activations_and_pre_scale() -> None:
         QuantizedLinear.from_weight(weight, **{**given, "input_scale": torch.ones(2)})
     with pytest.raises(ValueError, match="input_scale has values that are not finite"):
         QuantizedLinear.from_weight(weight, **{**given, "input_scale": torch.full((1,), torch.nan)})
-    with pytest.raises(ValueError, match="input_pre_scale does not go with scheme int8"):
-        QuantizedLinear.from_weight(QuantizedWeight.quantize(inputs(8, 8), "int8"), input_pre_scale=torch.ones(8))
+    with pytest.raises(ValueError, match="input_scale does not go with scheme int8"):
+        QuantizedLinear.from_weight(QuantizedWeight.quantize(inputs(8, 8), "int8"), input_scale=torch.ones(1))
 
 
 def test_from_linear_shares_the_bias_and_freezes() -> None:
@@ -126,6 +126,34 @@ def test_gradient_passes_the_pre_scale() -> None:
     x = inputs(4, 128).requires_grad_()
     module(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.ones(4, 48) @ weight.dequantize() * pre, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pre_scale_of_inputs_that_stay_as_they_are(dtype: torch.dtype) -> None:
+    """AWQ's scales, where they are not folded into the layer before: one rounding of x * pre_scale, then the product."""
+    weight = QuantizedWeight.quantize(inputs(48, 128), "int4-g32")
+    pre = torch.rand(128) + 0.5
+    module, plain = QuantizedLinear.from_weight(weight, input_pre_scale=pre), QuantizedLinear.from_weight(weight)
+    x = inputs(4, 128, dtype=dtype).requires_grad_()
+    y = module(x)
+    assert y.dtype == dtype and torch.equal(y, plain((x.float() * pre).to(dtype)))
+    y.sum().backward()
+    wanted = (torch.ones(4, 48) @ weight.dequantize() * pre).to(dtype)
+    torch.testing.assert_close(x.grad, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+    again = QuantizedLinear(128, 48, bias=False, scheme="int4-g32")
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), y)
+
+
+def test_static_fp8() -> None:
+    weight = QuantizedWeight.quantize(inputs(48, 128), "fp8-afp8_static")
+    x = inputs(6, 128)
+    scale = x.abs().amax().reshape(1) / 448
+    module = QuantizedLinear.from_weight(weight, input_scale=scale)
+    rounded = (x / scale).to(torch.float8_e4m3fn).float() * scale
+    torch.testing.assert_close(module(x), rounded @ weight.dequantize().T, rtol=1e-4, atol=1e-3)
+    clipped = QuantizedLinear.from_weight(weight, input_scale=torch.full((1,), 1 / 448))
+    torch.testing.assert_close(clipped(x * 1e4), clipped(x.sign()))  # what is beyond the scale is its largest code
 
 
 def test_only_the_bias_requires_grad() -> None:

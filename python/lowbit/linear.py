@@ -6,7 +6,7 @@ What state_dict holds, whatever the layout of the weight in memory (prefix left 
     weight_scheme                           uint8, the scheme's string: a state_dict of another scheme is refused
     bias                                    as in nn.Linear
     input_scale, input_zero                 of schemes with static activations: fp32 [1], int32 [1]
-    input_pre_scale                         fp32 [K]: x is multiplied by it before it is quantized
+    input_pre_scale                         fp32 [K]: x is multiplied by it first
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class QuantizedLinear(nn.Module):
             weight: [N, K].
             bias: [N], a floating-point dtype.
             input_scale, input_zero: fp32 [1] and int32 [1]; schemes with static activations need them.
-            input_pre_scale: fp32 [K], for schemes with activations: the weight was divided by it.
+            input_pre_scale: fp32 [K], which x is multiplied by: the weight was divided by it.
 
         Raises:
             ValueError: a tensor is missing, has another shape, or does not go with the scheme.
@@ -174,7 +174,7 @@ class QuantizedLinear(nn.Module):
         """The activation tensors in their dtypes; ValueError unless they are the ones that the scheme asks for."""
         shapes = {"input_scale": (1,), "input_zero": (1,), "input_pre_scale": (self.in_features,)}
         needed = {name for name in ("input_scale", "input_zero") if getattr(self, name) is not None}
-        allowed = needed | ({"input_pre_scale"} if self.scheme.activation else set())
+        allowed = needed | {"input_pre_scale"}
         if missing := sorted(needed - given.keys()):
             raise ValueError(f"scheme {self.scheme} has static activations and needs {' and '.join(missing)}")
         if extra := sorted(given.keys() - allowed):
@@ -264,6 +264,8 @@ class QuantizedLinear(nn.Module):
         if self._a8 is not None:
             apply: Callable[..., Tensor] = _A8Linear.apply
             return apply(x, bias, self) if grad else self._forward_a8(x, bias)
+        if (pre_scale := parameters["input_pre_scale"]) is not None:
+            x = (x * pre_scale).to(x.dtype)  # multiplied in fp32, rounded once more than the product below
         op = _linear if grad else _gemm
         return op(x, weight, bias, self.out_features, self.in_features, self._desc, self.flags)
 

@@ -18,6 +18,7 @@ The string form is the one used everywhere: on the command line, in `overrides`,
                 | "aint8" | "aint8_asym"            int8 per token, dynamic
                 | "aint8_static" | "aint8_static_asym"      int8 with one calibrated scale
                 | "afp8" | "afp8_g128"              fp8 per token; per 1 x 128 group
+                | "afp8_static"                     fp8 with one calibrated scale
                                                     none: inputs stay fp32, bf16 or fp16
     rounding    = "rtn" | "search"                  absmax/min-max, or the scale of least squared error;
                                                     by default search below 8 bits, rtn at 8
@@ -49,7 +50,7 @@ _SCALE_TOKENS: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"
 _SCALE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 #: Accepted values of `Scheme.activation`, besides None.
-ACTIVATIONS: Final = ("int8", "int8_asym", "int8_static", "int8_static_asym", "fp8", "fp8_g128")
+ACTIVATIONS: Final = ("int8", "int8_asym", "int8_static", "int8_static_asym", "fp8", "fp8_g128", "fp8_static")
 
 #: Schemes worth trying first, and what each is good for. Every string that parses is allowed, not only these.
 PRESETS: Final[Mapping[str, str]] = {

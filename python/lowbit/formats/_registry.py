@@ -10,6 +10,7 @@ from typing import Final
 
 from lowbit import _safetensors
 from lowbit.errors import ArtifactError
+from lowbit.formats import awq, compressed_tensors, fp8, gptq, modelopt
 from lowbit.formats._format import Container, Format
 from lowbit.formats._record import Plan
 from lowbit.formats._settings import Settings, quantization_settings
@@ -17,7 +18,13 @@ from lowbit.formats._source import Source, open_source
 
 __all__ = ["CONTAINERS", "FORMATS", "choose", "open_plan"]
 
-FORMATS: Final[tuple[Format, ...]] = ()
+FORMATS: Final[tuple[Format, ...]] = (
+    gptq.FORMAT,
+    awq.FORMAT,
+    compressed_tensors.FORMAT,
+    fp8.FORMAT,
+    modelopt.FORMAT,
+)
 CONTAINERS: Final[tuple[Container, ...]] = ()
 
 

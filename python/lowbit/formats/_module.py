@@ -1,0 +1,112 @@
+"""One module of a checkpoint: the tensors under its name, each checked before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lowbit._safetensors import TensorInfo, dtype_name
+from lowbit.errors import ArtifactError
+from lowbit.formats._record import KV_SCALES, LinearRecord, PlannedLinear
+from lowbit.formats._source import Source
+
+__all__ = ["SCALE_DTYPES", "Module", "describe", "modules", "scale_name"]
+
+#: Dtypes that canonical scales keep as they are, and their names in a Scheme.
+SCALE_DTYPES: Final = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_BIAS: Final = tuple(SCALE_DTYPES)
+
+
+def describe(info: TensorInfo) -> str:
+    """Dtype and shape for a message: "I32 [64, 32]"."""
+    return f"{info.dtype_name} {list(info.shape)}"
+
+
+def scale_name(info: TensorInfo) -> str:
+    """The name that a Scheme has for the dtype of scales."""
+    return SCALE_DTYPES[info.dtype]
+
+
+class Module:
+    """The tensors directly under one name of a checkpoint.
+
+    Args:
+        source: where they are.
+        path: of the module: "model.layers.0.mlp.up_proj".
+        names: last part of a tensor's name -> full name.
+    """
+
+    def __init__(self, source: Source, path: str, names: dict[str, str]) -> None:
+        self.source = source
+        self.path = path
+        self.names = names
+
+    def __contains__(self, leaf: str) -> bool:
+        return leaf in self.names
+
+    def fail(self, message: str) -> ArtifactError:
+        """An error about this module; raise it."""
+        return ArtifactError(f"{self.source.path}: {self.path[:200]}: {message}")
+
+    def info(self, leaf: str) -> TensorInfo:
+        """Dtype and shape of a tensor that has to be there."""
+        if leaf not in self.names:
+            raise self.fail(f"has {', '.join(sorted(self.names))[:200]}, but no {leaf}")
+        return self.source.tensors[self.names[leaf]]
+
+    def check(self, leaf: str, dtypes: Collection[torch.dtype], *shapes: tuple[int, ...] | None) -> TensorInfo:
+        """Dtype and shape of a tensor, which must have one of `dtypes` and one of `shapes` (None: any with 2 dims)."""
+        info = self.info(leaf)
+        fits = any(info.shape == shape if shape is not None else len(info.shape) == 2 for shape in shapes)
+        if info.dtype not in dtypes or not fits:
+            kinds = " or ".join(dtype_name(dtype) for dtype in dtypes)
+            wanted = " or ".join("[., .]" if shape is None else str(list(shape)) for shape in shapes)
+            raise self.fail(f"{leaf} is {describe(info)}, it must be {kinds} {wanted}")
+        return info
+
+    def positive(self, N: int, K: int) -> None:
+        """Refuse a weight without rows or columns, before anything is computed from them."""
+        if N < 1 or K < 1:
+            raise self.fail(f"a weight of N={N}, K={K}")
+
+    def only(self, known: Collection[str]) -> None:
+        """Refuse tensors that the format does not have: what they mean is not known, and leaving them out is no answer."""
+        for leaf in sorted(self.names):
+            if leaf not in known and leaf not in KV_SCALES:
+                info = self.source.tensors[self.names[leaf]]
+                raise self.fail(f"has a tensor {leaf[:200]!r} ({describe(info)}) that is not part of this format")
+
+    def read(self, leaf: str) -> Tensor:
+        """The tensor."""
+        return self.source.read(self.names[leaf])
+
+    def check_bias(self, N: int) -> None:
+        """The bias, where there is one, must be floating point [N]."""
+        if "bias" in self:
+            self.check("bias", _BIAS, (N,))
+
+    def bias(self) -> Tensor | None:
+        """The bias, or None."""
+        return self.read("bias") if "bias" in self else None
+
+    def planned(
+        self, shape: tuple[int, int], about: str, leaves: Collection[str], read: Callable[[], LinearRecord]
+    ) -> PlannedLinear:
+        """The layer made of those of `leaves` that are there."""
+        sources = tuple(self.names[leaf] for leaf in leaves if leaf in self.names)
+        nbytes = sum(self.source.tensors[name].nbytes for name in sources)
+        return PlannedLinear(shape, about, sources, nbytes, read)
+
+
+def modules(source: Source, *leaves: str) -> Iterator[Module]:
+    """Every module that has at least one tensor called one of `leaves`, in natural order."""
+    found: dict[str, dict[str, str]] = {}
+    for name in source.tensors:
+        path, _, leaf = name.rpartition(".")
+        found.setdefault(path, {})[leaf] = name
+    for path, names in found.items():
+        if any(leaf in names for leaf in leaves):
+            yield Module(source, path, names)

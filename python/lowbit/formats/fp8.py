@@ -1,0 +1,91 @@
+"""FP8 checkpoints with quant_method "fp8": DeepSeek, transformers, vLLM.
+
+    weight             float8_e4m3fn [N, K]
+    weight_scale_inv   [ceil(N/128), ceil(K/128)], fp32 or E8M0; despite its name it is multiplied by
+    weight_scale       one scale (vLLM), or one per row
+    input_scale, activation_scale      one number, where activation_scheme is "static"
+
+Blocks go with inputs in groups of 1 x 128, anything else with one scale per token.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from lowbit.errors import ArtifactError
+from lowbit.formats._float8 import FP8, check_float8, read_float8
+from lowbit.formats._format import Format
+from lowbit.formats._inputs import Inputs
+from lowbit.formats._module import Module, describe, modules
+from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
+from lowbit.formats._settings import Settings, agreed
+from lowbit.formats._source import Source
+
+__all__ = ["FORMAT"]
+
+_SCALES: Final = ("weight_scale_inv", "weight_scale")
+_KEYS: Final = ("quant_method", "activation_scheme", "weight_block_size", "fmt", "scale_fmt")
+
+
+def _by_config(settings: Settings) -> str | None:
+    return "quant_method is 'fp8'" if settings.values.get("quant_method") == "fp8" else None
+
+
+def _by_tensors(source: Source) -> str | None:
+    for module in modules(source, *_SCALES):
+        if "weight" in module and module.info("weight").dtype in FP8:
+            scale = next(leaf for leaf in _SCALES if leaf in module)
+            about = f"weight {describe(module.info('weight'))} and {scale} {describe(module.info(scale))}"
+            return f"{module.path} has {about}"
+    return None
+
+
+def _plan(source: Source, settings: list[Settings]) -> Plan:
+    if not settings:
+        raise ArtifactError(f"{source.path}: FP8 layers without a config, which would say how inputs are quantized")
+    config = agreed(settings, _KEYS)
+    block = _block(config)
+    scheme = config.text("activation_scheme", "dynamic")
+    if scheme not in ("dynamic", "static"):
+        raise config.fail("activation_scheme", "dynamic or static")
+    if block and scheme == "static":
+        raise config.fail("activation_scheme", "dynamic where weight_block_size is set")
+    activation = "fp8_static" if scheme == "static" else "fp8_g128" if block else "fp8"
+    layers: dict[str, PlannedLinear] = {}
+    for module in modules(source, *_SCALES):
+        layers[module.path] = _plan_layer(module, block, activation)
+    if not layers:
+        raise ArtifactError(f"{config.where}: says fp8, but no layer of {source.path} has a weight_scale")
+    variant = ("blocks of 128 x 128" if block else "one scale") + f", inputs {activation}"
+    return Plan(str(source.path), FORMAT.name, variant, layers, plain_tensors(source, layers.values()))
+
+
+def _block(config: Settings) -> bool:
+    size = config.values.get("weight_block_size")
+    if size is not None and size != [128, 128]:
+        raise config.fail("weight_block_size", "[128, 128] or null")
+    return size is not None
+
+
+def _plan_layer(module: Module, block: bool, activation: str) -> PlannedLinear:
+    if all(leaf in module for leaf in _SCALES):
+        raise module.fail("has both weight_scale and weight_scale_inv")
+    scale = next(leaf for leaf in _SCALES if leaf in module)
+    inputs = Inputs(module, activation, "activation_scale" if "activation_scale" in module else "input_scale")
+    module.only(("weight", scale, *inputs.leaves))
+    shape, about = check_float8(module, "weight", scale, block)
+    inputs.check(*shape)
+
+    def read() -> LinearRecord:
+        return inputs.record(read_float8(module, "weight", scale, block, activation))
+
+    return module.planned(shape, about, ("weight", scale, *inputs.leaves), read)
+
+
+FORMAT: Final = Format(
+    "fp8",
+    "FP8: DeepSeek and transformers (128 x 128 blocks), vLLM (one scale)",
+    _by_config,
+    _by_tensors,
+    _plan,
+)
