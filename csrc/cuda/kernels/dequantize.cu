@@ -32,7 +32,7 @@ struct DequantizeParams {
   Divisor units_per_row;
   Divisor units_per_group;  // only its quotient; one group: larger than any unit
   int64_t packed_bytes;
-  bool aligned;    // units of the codes start where kLoadBytes wants them
+  bool aligned;    // units of the codes are whole, and start where kLoadBytes wants them
   bool vectors;    // rows of the output start on 16-byte boundaries
   int64_t staged;  // with perm: bytes of the row in shared memory, 0 = written where it belongs directly
   float nf4[16];
@@ -260,7 +260,9 @@ template <Format kFormat>
 void start(DequantizeParams p, Stream stream) {
   constexpr int64_t kTable = 64;           // bytes of the nf4 table
   constexpr int64_t kMostShared = 48 * 1024;  // what every device gives without being asked
-  p.aligned = is_aligned(p.from.packed, p.from.row_bytes, kLoadBytes<kBitsOf<kFormat>>);
+  // Wide loads also need rows of whole units: nothing is read behind the last one.
+  p.aligned = is_aligned(p.from.packed, p.from.row_bytes, kLoadBytes<kBitsOf<kFormat>>) &&
+              p.from.row_bytes % kBitsOf<kFormat> == 0;
   if (p.from.perm == nullptr) {
     const int64_t units = p.from.N * p.units_per_row.divisor;
     const int64_t blocks = ceil_div(units, kThreads * kUnits);
