@@ -1,9 +1,10 @@
-// What a step of K takes of shared memory in the stream and matrix kernels, and how many steps fit: host and device.
+// What a step takes of shared memory in the kernels that tensor cores run, and how many steps fit: host and device.
 //
 //   stage = codes of the step, strip by strip, plane by plane | x [tokens][step] | rows of scales | rows of zeros
 //
 // where a strip has as many rows of scales as groups a step can touch. A kernel's shared memory is a ring of stages; the
-// sums that warps exchange after the last step lie over it.
+// sums that warps exchange after the last step lie over it. (grad: x is dy, and the strips are one strip's columns, 64 by
+// 64.)
 #pragma once
 
 #include <algorithm>
@@ -27,6 +28,11 @@ constexpr int step_groups(int64_t group_size, int step) {
   return static_cast<int>(1 + (step - kCellK + group_size - 1) / group_size);
 }
 
+// Of one element of x.
+constexpr int x_bytes(const Tile& tile) {
+  return tile.kernel == Kernel::kA8Int || tile.kernel == Kernel::kA8Fp8 || tile.kernel == Kernel::kA8Decode ? 1 : 2;
+}
+
 // `Weight` is CudaTile64 or WeightParams.
 template <class Weight>
 constexpr StageLayout stage_layout(const Tile& tile, const Weight& w) {
@@ -34,25 +40,27 @@ constexpr StageLayout stage_layout(const Tile& tile, const Weight& w) {
   StageLayout stage{};
   stage.groups = w.groups == 1 ? 1 : step_groups(w.group_size, tile.step);
   stage.x = strips * kStripRows * tile.step * w.bits / 8;
-  stage.scales = stage.x + tile.tokens * tile.step * 2;
+  stage.scales = stage.x + tile.tokens * tile.step * x_bytes(tile);
   stage.zeros = stage.scales + strips * stage.groups * static_cast<int>(w.scale_row_bytes);
   stage.bytes = stage.zeros + strips * stage.groups * static_cast<int>(w.zero_row_bytes);
   return stage;
 }
 
-// Stream: every warp has a ring to itself. Matrix: one ring, in which the block's slices of K share each stage.
-constexpr int rings(const Tile& tile) { return tile.kernel == Kernel::kStream ? tile.warps() : 1; }
+// Whether every warp has a ring to itself and the warps take turns at steps: what kernels for few tokens do. The others
+// have one ring, in which slices of K (two at most) share each stage.
+constexpr bool takes_turns(const Tile& tile) { return tile.warps_k > 2; }
+constexpr int rings(const Tile& tile) { return takes_turns(tile) ? tile.warps() : 1; }
 
 // Sums that change hands between warps when all steps are done, and a word for the election (schedule.cuh).
-//   stream   all sums of every warp, [tokens][64 rows], to be added in the order of warps
-//   matrix   where two slices of K meet, half the sums of every warp; then, 8 tokens at a time, sums on their way to y
+//   turns    all sums of every warp, [tokens][64 rows], to be added in the order of warps
+//   others   where two slices of K meet, half the sums of every warp; then, 8 tokens at a time, sums on their way to y
 inline constexpr int kPaddedRows = kStripRows + 4;  // the four spread a warp's fragment over all banks
 constexpr int64_t exchange_bytes(const Tile& tile) {
   const int64_t tokens = tile.tokens / tile.warps_m;
   const int64_t stored = 8 * kPaddedRows * 4;
-  const int64_t warp = tile.kernel == Kernel::kStream ? tokens * kPaddedRows * 4
-                       : tile.warps_k == 2            ? std::max(tokens / 2 * kStripRows * 4, stored)
-                                                      : stored;
+  const int64_t warp = takes_turns(tile)   ? tokens * kPaddedRows * 4
+                       : tile.warps_k == 2 ? std::max(tokens / 2 * kStripRows * 4, stored)
+                                           : stored;
   return warp * tile.warps() + 16;
 }
 constexpr int64_t election_offset(const Tile& tile) { return exchange_bytes(tile) - 16; }
