@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-import torch
 
+from backends import BACKEND, Device
 from emulator.build import BuildError
 from emulator.library import Emulator
-from lowbit import _cuda
-
-BACKEND = os.environ.get("LOWBIT_TEST_BACKEND", "emulator")
-
-
-class Device:
-    """The present GPU, as a backend: it is what it is, and runs threads in what order it likes."""
-
-    name = "device"
-    device = "cuda"
-    repeats = 100
-
-    def __init__(self) -> None:
-        self.ops: Any = torch.ops.lowbit
-        self.model = _cuda.device_string(torch.device("cuda"))
-
-    def reset(self) -> None:
-        pass
-
-    def set_device(self, capability: int, sms: int) -> bool:
-        return False
-
-    def set_order(self, order: str, seed: int = 0) -> None:
-        pass
 
 
 @pytest.fixture(scope="session")
@@ -61,4 +35,4 @@ def backend(_backend: Emulator | Device) -> Iterator[Emulator | Device]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What looks back on all other tests comes last."""
-    items.sort(key=lambda item: "looks_back" in item.keywords)
+    items.sort(key=lambda item: item.path.name == "test_cuda_coverage.py")

@@ -77,6 +77,7 @@ class GradWarp {
     const int g = lane_ / 4, t = lane_ % 4;
     const int64_t column = int64_t{step_of(segment, half_)} * kStep + first_cell_ * kCellK + 2 * t;
     const int64_t m = int64_t{segment.tile_m} * kShape.tokens + g;
+    const float none[2] = {};  // dx has no bias
 #pragma unroll
     for (int i = 0; i < kTokens16; ++i) {
 #pragma unroll
@@ -85,7 +86,7 @@ class GradWarp {
         const int64_t token = m + 16 * i + j / 2 % 2 * 8;
         const int64_t k = column + j / 4 * kCellK + j % 2 * 8;
         float pair[2] = {d[j / 2 % 2 * 2], d[j / 2 % 2 * 2 + 1]};
-        if (inside(token, p_.x.M)) store_row(p_.y, token, k, p_.w.K, pair);
+        if (inside(token, p_.x.M)) store_row(p_.y, token, k, p_.w.K, pair, none);
       }
     }
   }
