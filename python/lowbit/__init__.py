@@ -3,6 +3,7 @@
     model = lowbit.quantize_(model, "int4-g128")            # in place; returns a report
     lowbit.save_quantized(model, "folder")
     model = lowbit.load_quantized(make_model, "folder")
+    model = lowbit.load_checkpoint("Llama-3.1-8B-GPTQ", make_model).model    # quantized by another library
 
 Importing it registers `torch.ops.lowbit.*`. It does not initialise CUDA, download or compile anything.
 """
@@ -16,11 +17,12 @@ except ModuleNotFoundError as _error:
 
 from lowbit import _C as _C
 from lowbit import _cuda as _cuda
-from lowbit import ops
+from lowbit import formats, ops
 from lowbit._locations import cmake_dir, library_paths
 from lowbit._selection import can_implement, explain
 from lowbit.convert import quantize_
 from lowbit.errors import ArtifactError, FormatError
+from lowbit.formats import load_checkpoint
 from lowbit.linear import QuantizedLinear
 from lowbit.scheme import Scheme
 from lowbit.serialize import load_quantized, save_quantized
@@ -36,7 +38,9 @@ __all__ = [
     "can_implement",
     "cmake_dir",
     "explain",
+    "formats",
     "library_paths",
+    "load_checkpoint",
     "load_quantized",
     "ops",
     "quantize_",

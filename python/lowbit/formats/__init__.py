@@ -17,20 +17,24 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lowbit.formats._format import Container, Format
+from lowbit.formats._load import CheckpointReport, LoadedLayer, load_checkpoint
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, PlannedTensor
 from lowbit.formats._registry import CONTAINERS, FORMATS, open_plan
 
 __all__ = [
     "CONTAINERS",
     "FORMATS",
+    "CheckpointReport",
     "Container",
     "Detection",
     "Format",
     "LinearRecord",
+    "LoadedLayer",
     "Plan",
     "PlannedLinear",
     "PlannedTensor",
     "detect",
+    "load_checkpoint",
     "plan",
     "read",
 ]
