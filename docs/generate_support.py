@@ -3,15 +3,17 @@
     python docs/generate_support.py            # rewrite the file
     python docs/generate_support.py --check    # exit 1 if it is not what the library says
 
-The answers are those of `explain`, a pure function of the problem and an instruction set, so that every x86-64 machine
-writes the same file. (On other architectures only "portable" is compiled in, and there is nothing to compare. Run it
-where all instruction sets are when a kernel was added: the table of kernels is that of the machine.)
+The answers are those of `explain`, a pure function of the problem and an instruction set or a GPU's model, so that every
+x86-64 machine writes the same file, with and without a GPU. (On other architectures only "portable" is compiled in, and
+there is nothing to compare. Run it where all instruction sets are when a kernel was added: the table of kernels is that
+of the machine.)
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -48,6 +50,9 @@ def compiled() -> list[str]:
 
 
 ISAS = compiled()
+#: What explain is asked about on each backend, and what tables call it.
+CPU = {isa: f"cpu:{isa}" for isa in ISAS}
+CUDA = {name: name for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")}
 
 
 def kinds() -> list[Kind]:
@@ -60,21 +65,26 @@ def kinds() -> list[Kind]:
     return found
 
 
-def desc(kind: Kind, group_size: int) -> int:
+def desc(kind: Kind, group_size: int, device: str) -> int:
     format, zero, scaling = kind
     fields = ENUMS["format"][format], group_size, ENUMS["zero_kind"][zero], 0, ENUMS["scaling"][scaling], False
-    return _C.make_desc(*fields, _C.preferred_layout("cpu", _C.make_desc(*fields, 0)))
+    return _C.make_desc(*fields, _C.preferred_layout(device.partition(":")[0], _C.make_desc(*fields, 0)))
 
 
-def chosen(op: str, isa: str, M: int, kind: Kind, group_size: int, dtype: str, flags: int = 0) -> str:
-    rows = _C.explain(op, f"cpu:{isa}", M, N, K, desc(kind, group_size), dtype, flags)
+#: What `explain` calls a kernel -> its name in the table.
+NAMES = {f"{row['backend']}_{row['name']}_{row['isa']}": row["name"] for row in _C.kernel_table()}
+
+
+def chosen(op: str, device: str, M: int, kind: Kind, group_size: int, dtype: str, flags: int = 0) -> str:
+    rows = _C.explain(op, device, M, N, K, desc(kind, group_size, device), dtype, flags)
     name = next(name for name, reason in rows if not reason)
-    return name.removeprefix("cpu_").rpartition("_")[0]
+    # An instruction set that this machine lacks is not in the table.
+    return NAMES.get(name) or name.removeprefix("cpu_").rpartition("_")[0]
 
 
-def serves(op: str, isa: str, kind: Kind, group_size: int, dtype: str, flags: int = 0) -> str:
+def serves(op: str, device: str, kind: Kind, group_size: int, dtype: str, flags: int = 0) -> str:
     """The kernels of one problem over M: "stream_f32 (M <= 16), panel_f32"."""
-    names = [chosen(op, isa, M, kind, group_size, dtype, flags) for M in ROWS]
+    names = [chosen(op, device, M, kind, group_size, dtype, flags) for M in ROWS]
     parts = []
     for i, name in enumerate(names):
         if i + 1 == len(names) or names[i + 1] != name:
@@ -108,38 +118,64 @@ def kind_names(names: list[Kind]) -> str:
     return "; ".join(parts)
 
 
-def matrix_of(op: str, dtype: str) -> dict[tuple[str, tuple[str, ...]], list[Kind]]:
-    """(Group sizes, kernel per instruction set) -> kinds of weights."""
+def invariant_kernels(op: str, dtype: str) -> set[str]:
+    """The CUDA kernels that serve an op under `batch_invariant`."""
+    cells = itertools.product(CUDA.values(), ROWS, kinds(), (16, 128, -1))
+    return {
+        chosen(op, device, M, kind, 128 if kind[2] == "block128" else group, dtype, BATCH_INVARIANT)
+        for device, M, kind, group in cells
+    }
+
+
+def matrix_of(op: str, dtype: str, devices: dict[str, str]) -> dict[tuple[str, tuple[str, ...]], list[Kind]]:
+    """(Group sizes, kernel per device) -> kinds of weights."""
     rows: dict[tuple[str, tuple[str, ...]], list[Kind]] = {}
     for kind in kinds():
         groups: dict[tuple[str, ...], list[str]] = {}
         for group_size in (128,) if kind[2] == "block128" else GROUPS:
-            answer = tuple(serves(op, isa, kind, group_size, dtype) for isa in ISAS)
-            invariant = {serves(op, isa, kind, group_size, dtype, BATCH_INVARIANT) for isa in ISAS}
-            assert invariant <= {cell.rpartition(", ")[2] for cell in answer}, (op, dtype, kind, group_size)
+            answer = tuple(serves(op, device, kind, group_size, dtype) for device in devices.values())
+            if devices is CPU:
+                invariant = {serves(op, isa, kind, group_size, dtype, BATCH_INVARIANT) for isa in devices.values()}
+                assert invariant <= {cell.rpartition(", ")[2] for cell in answer}, (op, dtype, kind, group_size)
             groups.setdefault(answer, []).append(group_name(group_size))
         for answer, sizes in groups.items():
             rows.setdefault((", ".join(sizes), answer), []).append(kind)
     return rows
 
 
-def matrix() -> list[str]:
-    """Activations with equal answers share rows, as do formats and group sizes."""
-    lines = [f"| op | x | weight | group size | {' | '.join(ISAS)} |", f"|---|---|---|---|{'---|' * len(ISAS)}"]
+def merged_rows(devices: dict[str, str]) -> list[tuple[str, str, list[Kind], str, tuple[str, ...]]]:
+    """Op, x, weights, group sizes, kernel per device. Activations with equal answers share rows, as formats and sizes do."""
+    found = []
     for op, dtypes in INPUTS:
         merged: list[tuple[list[str], dict[tuple[str, tuple[str, ...]], list[Kind]]]] = []
         for dtype, words in dtypes.items():
-            rows = matrix_of(op, dtype)
+            rows = matrix_of(op, dtype, devices)
             same = next((names for names, other in merged if other == rows), None)
             if same is None:
                 merged.append(([words], rows))
             else:
                 same.append(words)
         for names, rows in merged:
-            x = ", ".join(names)
-            lines += [
-                f"| `{op}` | {x} | {kind_names(k)} | {sizes} | {' | '.join(a)} |" for (sizes, a), k in rows.items()
-            ]
+            found += [(op, ", ".join(names), kind, sizes, answer) for (sizes, answer), kind in rows.items()]
+    return found
+
+
+def matrix() -> list[str]:
+    """The CPU: a column per instruction set."""
+    lines = [f"| op | x | weight | group size | {' | '.join(CPU)} |", f"|---|---|---|---|{'---|' * len(CPU)}"]
+    for op, x, kind, sizes, answer in merged_rows(CPU):
+        lines.append(f"| `{op}` | {x} | {kind_names(kind)} | {sizes} | {' | '.join(answer)} |")
+    return lines
+
+
+def cuda_matrix() -> list[str]:
+    """CUDA: a row per set of devices that answer alike, for most answers are those of all."""
+    lines = ["| op | x | weight | group size | device | kernel |", "|---|---|---|---|---|---|"]
+    for op, x, kind, sizes, answer in merged_rows(CUDA):
+        for kernel in dict.fromkeys(answer):
+            names = [name for name, other in zip(CUDA, answer, strict=True) if other == kernel]
+            where = "all" if len(names) == len(CUDA) else ", ".join(names)
+            lines.append(f"| `{op}` | {x} | {kind_names(kind)} | {sizes} | {where} | {kernel} |")
     return lines
 
 
@@ -152,10 +188,29 @@ def kernels() -> list[str]:
     seen: set[tuple[str, str]] = set()
     for op, _ in INPUTS:
         for row in _C.kernel_table():
-            if row["op"] == op and (op, row["name"]) not in seen:
+            if row["backend"] == "cpu" and row["op"] == op and (op, row["name"]) not in seen:
                 seen.add((op, row["name"]))
                 lines.append(f"| `{row['name']}` | `{op}` | {row['takes']} | {'yes' if row['general'] else ''} |")
     return lines
+
+
+def cuda_kernels() -> list[str]:
+    lines = ["| kernel | op | takes | from | general |", "|---|---|---|---|---|"]
+    for op, _ in INPUTS:
+        for row in _C.kernel_table():
+            if row["backend"] == "cuda" and row["op"] == op:
+                general = "yes" if row["general"] else ""
+                lines.append(f"| `{row['name']}` | `{op}` | {row['takes']} | `{row['isa']}` | {general} |")
+    return lines
+
+
+def cuda_invariant() -> str:
+    """Which kernels `batch_invariant` leaves, in words."""
+    parts = []
+    for op, dtypes in INPUTS:
+        names = sorted(set().union(*(invariant_kernels(op, dtype) for dtype in dtypes)))
+        parts.append(f"`{op}` runs {', '.join(f'`{name}`' for name in names)}")
+    return "; ".join(parts)
 
 
 def formats() -> list[str]:
@@ -189,7 +244,8 @@ def page() -> str:
         "|---|---|",
         "| CPU, x86-64: AVX2, AVX-512, with VNNI and VBMI, and with bf16 (AMD) | works; chosen at run time |",
         "| CPU, any other (portable C++) | works; what this page says of `portable` holds |",
-        "| CUDA | no kernels in this version |",
+        "| CUDA, compute capability 8.0 (Ampere) to 12.x (RTX Blackwell) | every op; run in the emulator of the tests, "
+        "not yet on a GPU |",
         "| Metal (MPS) | no kernels in this version |",
         "",
         "## Weight formats",
@@ -211,6 +267,22 @@ def page() -> str:
         *matrix(),
         "",
         "`linear` runs the kernels of `gemm`. With `batch_invariant` the kernel named last in a cell serves every M.",
+        "",
+        "## Kernels of CUDA",
+        "",
+        "A row is a kernel in one tile shape. The number after `m` is how many rows of x a tile has; a kernel takes any M,",
+        "but beyond that number the next one is preferred. `from` is the least compute capability.",
+        "",
+        *cuda_kernels(),
+        "",
+        "## Which CUDA kernel serves which problem",
+        "",
+        f"Asked of {', '.join(f'`{name}`' for name in CUDA)}, and with fp32 scales, which take most shared memory. The group",
+        "sizes are examples: a multiple of 16 behaves as 16 does, any other multiple of 8 as 8 does.",
+        "",
+        *cuda_matrix(),
+        "",
+        f"With `batch_invariant`, {cuda_invariant()}, and no tile is summed by several blocks.",
         "",
     ]
     return "\n".join(lines)

@@ -166,7 +166,9 @@ def test_every_format_is_documented() -> None:
 def test_every_kernel_has_a_bound() -> None:
     page = _read("docs/numerics.md")
     for row in _C.kernel_table():
-        assert f"| `{row['name']}` |" in page, row["name"]
+        # CUDA has a row per tile shape, which all share what numerics.md says.
+        name = row["name"] if row["backend"] == "cpu" else re.sub(r"_m\d+$", "_*", row["name"])
+        assert f"| `{name}` |" in page, name
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:
