@@ -130,12 +130,9 @@ const Tuning* tuning_of(const Tile& tile) {
   return nullptr;  // general kernels have none
 }
 
-// How much shared memory a block takes, and how many blocks a multiprocessor holds. No blocks: it does not fit.
+// How many stages and blocks the device's shared memory holds. No blocks: not even one.
 Residency fit(const KernelRow& row, const CudaTile64& weight, const DeviceInfo& device) {
-  const Tile& tile = row.shape();
-  if (tile.kernel == Kernel::kStream || tile.kernel == Kernel::kMatrix)
-    return residency(tile, weight, device.shared_per_block, device.shared_per_sm);
-  return {tile.stages, tile.blocks_per_sm, 0};
+  return residency(row.shape(), weight, device.shared_per_block, device.shared_per_sm);
 }
 
 // ---- cutting the work --------------------------------------------------------------------------------------------------

@@ -17,26 +17,25 @@ struct Tuning {
 
 inline constexpr int64_t kAnyRows = int64_t{1} << 62;
 
+inline constexpr const char* kDecodesAgain =
+    "unmeasured: one tile of tokens; a second one decodes every weight again";
+inline constexpr const char* kDecodesOnce =
+    "unmeasured: one tile of tokens; a wider one decodes every weight once";
+
 inline constexpr Tuning kTuning[] = {
-    {"stream_m8", 8, 8, 16,
-     "unmeasured: one tile of tokens; a second one decodes every weight again"},
-    {"stream_m16", 16, 8, 16,
-     "unmeasured: one tile of tokens; a second one decodes every weight again"},
-    {"matrix_m32", 32, 8, 8,
-     "unmeasured: one tile of tokens; a wider tile decodes every weight once"},
-    {"matrix_m64", 64, 8, 8,
-     "unmeasured: one tile of tokens; a wider tile decodes every weight once"},
+    // tile          most rows  steps sharers
+    {"stream_m8", 8, 8, 16, kDecodesAgain},
+    {"stream_m16", 16, 8, 16, kDecodesAgain},
+    {"matrix_m32", 32, 8, 8, kDecodesOnce},
+    {"matrix_m64", 64, 8, 8, kDecodesOnce},
     {"matrix_m128", kAnyRows, 16, 4, "unmeasured: partial sums are 128 KB each way"},
-    {"a8_int_m16", 16, 4, 16,
-     "unmeasured: one tile of tokens; a second one decodes every weight again"},
-    {"a8_int_m64", 64, 4, 8,
-     "unmeasured: one tile of tokens; a wider tile decodes every weight once"},
-    {"a8_int_m128", kAnyRows, 8, 4, "unmeasured: partial sums are 64 KB each way"},
-    {"a8_fp8_m16", 16, 4, 16,
-     "unmeasured: one tile of tokens; a second one decodes every weight again"},
-    {"a8_fp8_m64", kAnyRows, 4, 8, "unmeasured: partial sums are 32 KB each way"},
+    {"a8_int_m16", 16, 8, 16, kDecodesAgain},
+    {"a8_int_m64", 64, 8, 8, kDecodesOnce},
+    {"a8_int_m128", kAnyRows, 16, 4, "unmeasured: partial sums are 64 KB each way"},
+    {"a8_fp8_m16", 16, 8, 16, kDecodesAgain},
+    {"a8_fp8_m64", kAnyRows, 8, 8, "unmeasured: partial sums are 32 KB each way"},
     {"a8_decode_m64", kAnyRows, 8, 8, "unmeasured: partial sums are 32 KB each way"},
-    {"grad_m64", kAnyRows, 8, 8, "unmeasured: partial sums are 16 KB each way"},
+    {"grad_m64", kAnyRows, 8, 8, "unmeasured: partial sums are 32 KB each way"},
 };
 
 }  // namespace lowbit::cuda
