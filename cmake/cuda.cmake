@@ -165,7 +165,8 @@ function(_lowbit_cuda_options file)
   else()
     list(APPEND flags -lineinfo)
   endif()
-  foreach(flag IN ITEMS -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall)
+  # g++ sees device code too, with the pragmas that are meant for nvcc.
+  foreach(flag IN ITEMS -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall -Wno-unknown-pragmas)
     list(APPEND flags "-Xcompiler=${flag}")
   endforeach()
   if(NOT CMAKE_CURRENT_SOURCE_DIR MATCHES " ")  # nvcc cuts what it hands on at spaces

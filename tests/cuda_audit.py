@@ -1,12 +1,15 @@
 """What nvcc left behind: the device code in a library, and what its assembler said of each kernel.
 
 Each audit returns the violations it finds, as text. No CUDA tool is needed to run them.
+
+    python tests/cuda_audit.py BUILD/lowbit_cuda      registers, stack and spills of the kernels in a build folder
 """
 
 from __future__ import annotations
 
 import re
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -107,3 +110,16 @@ def spills(kernels: Iterable[Resources], hot: re.Pattern[str] = HOT) -> list[str
         for k in kernels
         if hot.search(k.kernel) and (k.stack or k.spill_stores or k.spill_loads)
     ]
+
+
+def main(folder: Path) -> int:
+    kernels = [kernel for log in sorted(folder.glob("*.o.log")) for kernel in resources(log.read_text())]
+    for k in sorted(kernels, key=lambda k: (k.kernel, k.arch)):
+        print(f"{k.registers:4} {k.stack:6} {k.spill_stores:6} {k.spill_loads:6}  sm_{k.arch:5} {k.kernel}")
+    found = spills(kernels)
+    print(f"{len(kernels)} kernels (registers, stack, spill stores, spill loads); {len(found)} hot ones spill")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
