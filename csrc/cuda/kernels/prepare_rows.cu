@@ -17,18 +17,12 @@ constexpr int kRows = 4;  // per thread
 
 // kSize: bytes of an element.
 template <int kSize>
-struct Bits;
-template <>
-struct Bits<1> {
-  using Type = uint8_t;
-};
-template <>
-struct Bits<2> {
+struct Bits {
   using Type = uint16_t;
 };
 template <>
-struct Bits<4> {
-  using Type = uint32_t;
+struct Bits<1> {
+  using Type = uint8_t;
 };
 
 struct PrepareParams {
@@ -105,24 +99,21 @@ struct ScatterParams {
 };
 
 // A block per row: put together in shared memory where it fits, so that it leaves in the order of its addresses.
-template <int kSize>
 __global__ void __launch_bounds__(kThreads) scatter_columns_kernel(const ScatterParams p) {
-  using T = typename Bits<kSize>::Type;
-  const T* from = static_cast<const T*>(p.from) + blockIdx.x * p.K;
-  T* row = static_cast<T*>(p.to) + blockIdx.x * p.K;
-  T* to = p.staged > 0 ? reinterpret_cast<T*>(dynamic_shared()) : row;
+  const uint16_t* from = static_cast<const uint16_t*>(p.from) + blockIdx.x * p.K;
+  uint16_t* row = static_cast<uint16_t*>(p.to) + blockIdx.x * p.K;
+  uint16_t* to = p.staged > 0 ? reinterpret_cast<uint16_t*>(dynamic_shared()) : row;
   for (int64_t k = threadIdx.x; inside(k, p.K); k += kThreads) to[p.perm[k]] = from[k];
   if (p.staged == 0) return;
   ptx::sync_block();
   for (int64_t k = threadIdx.x; inside(k, p.K); k += kThreads) row[k] = to[k];
 }
 
-template <int kSize>
 void scatter(ScatterParams p, int64_t M, Stream stream) {
-  const int64_t bytes = p.K * kSize;
+  const int64_t bytes = p.K * 2;
   p.staged = bytes <= 48 * 1024 ? bytes : 0;  // what every device gives without being asked
   LOWBIT_CHECK(M < (int64_t{1} << 31), "scatter_columns: M=", M, " is too large for one launch");
-  launch("scatter_columns", scatter_columns_kernel<kSize>, Grid{static_cast<uint32_t>(M), 1, 1}, kThreads,
+  launch("scatter_columns", scatter_columns_kernel, Grid{static_cast<uint32_t>(M), 1, 1}, kThreads,
          p.staged, stream, p);
 }
 
@@ -131,6 +122,7 @@ void scatter(ScatterParams p, int64_t M, Stream stream) {
 void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, void* to, int64_t columns,
                          Stream stream) {
   const int size = element_bytes(x.type);
+  LOWBIT_CHECK(size <= 2, "prepare_rows: the general kernel takes fp32 activations as they are");
   LOWBIT_CHECK(columns >= K && is_aligned(to, columns * size, 16), "prepare_rows: rows of ", columns,
                " elements of ", size, " bytes are not whole 16-byte pieces that hold K=", K);
   const PrepareParams p{x.data,
@@ -142,16 +134,14 @@ void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, vo
                         to,
                         static_cast<uint32_t>(ceil_div(columns * size, 16 * kThreads)),
                         perm == nullptr && is_aligned(x.data, x.stride * size, 16)};
-  if (size == 4) return prepare<4>(p, stream);
   if (size == 2) return prepare<2>(p, stream);
   prepare<1>(p, stream);
 }
 
 void launch_scatter_columns(const void* from, int64_t M, int64_t K, const int32_t* perm, Element type, void* to,
                             Stream stream) {
-  const ScatterParams p{from, K, perm, to, 0};
-  if (element_bytes(type) == 4) return scatter<4>(p, M, stream);
-  scatter<2>(p, M, stream);
+  LOWBIT_CHECK(element_bytes(type) == 2, "scatter_columns: only the kernels of 16-bit activations need it");
+  scatter(ScatterParams{from, K, perm, to, 0}, M, stream);
 }
 
 }  // namespace lowbit::cuda
