@@ -32,95 +32,147 @@ __device__ inline void wait_for_oldest(int stages) {
   }
 }
 
-// A copy that kThreads threads share. Weights that are used up by one pass are marked to leave the L2 first; those that
-// other tiles of tokens will read again are not.
-template <int kThreads>
-struct Copier {
-  int thread;
-  uint64_t policy;
-  bool once;
+// How a weight is read: once by this launch, or again for every tile of tokens. What is read once leaves the L2 first.
+enum class Reuse { kNone, kTokens };
 
-  __device__ Copier(int thread, bool once)
-      : thread(thread), policy(ptx::policy_evict_first()), once(once) {}
+// Fetches one strip's part of steps, as one of kThreads threads that share the work. Every copy of a step has the same
+// offset for a thread, so pointers carry it and steps cost few instructions: with one token there are hardly more to spend
+// on a step than its codes need to be decoded.
+template <Format kFormat, int kThreads, Reuse kReuse>
+class StripFetcher {
+ public:
+  __device__ StripFetcher(const WeightParams& w, const StageLayout& layout, int thread)
+      : w_(w),
+        layout_(layout),
+        group_of_(w),
+        offset_(16 * thread),
+        policy_(ptx::policy_evict_first()) {}
 
-  __device__ void piece(uint8_t* to, const uint8_t* from) const {
-    if (once) {
-      ptx::cp_async_16_once(to, from, policy);
+  __device__ void start(int strip) { strip_ = w_.data + strip * w_.strip_bytes + offset_; }
+
+  // Codes go to `codes`, the rows of the groups that the step touches to `scales` and `zeros`.
+  __device__ void fetch(int step, uint8_t* codes, uint8_t* scales, uint8_t* zeros) const {
+    constexpr int low = kStripRows * kStep * P::kLow / 8, high = kStripRows * kStep * P::kHigh / 8;
+    const uint32_t part = static_cast<uint32_t>(step) % kTileSteps;
+    const uint8_t* tile = strip_ + uint64_t{static_cast<uint32_t>(step) / kTileSteps} *
+                                       static_cast<uint32_t>(w_.tile_bytes);
+    copy_block<low>(codes + offset_, tile + part * low);
+    if constexpr (high > 0)
+      copy_block<high>(codes + low + offset_, tile + kTileSteps * low + part * high);
+
+    // In a tile, rows of the group past the last k exist, too. A table ends with its last group.
+    const uint8_t* rows = tile;
+    uint32_t first = part * static_cast<uint32_t>(w_.groups_per_tile) / kTileSteps;
+    int count = layout_.groups;
+    if (w_.groups_per_tile == 0) {
+      rows = strip_;
+      first = static_cast<uint32_t>(group_of_(step * kStepCells));
+      const int left = w_.groups - static_cast<int>(first);
+      count = left < count ? left : count;
+    }
+    copy_rows(scales + offset_, rows + w_.scales_offset + first * static_cast<uint32_t>(w_.scale_row_bytes),
+              count * w_.scale_row_bytes);
+    if (w_.zero_row_bytes != 0)
+      copy_rows(zeros + offset_, rows + w_.zeros_offset + first * static_cast<uint32_t>(w_.zero_row_bytes),
+                count * w_.zero_row_bytes);
+  }
+
+ private:
+  using P = Planes<kFormat>;
+  static constexpr int kTileSteps = kTileK / kStep;
+
+  __device__ void copy(uint8_t* to, const uint8_t* from) const {
+    if constexpr (kReuse == Reuse::kNone) {
+      ptx::cp_async_16_once(to, from, policy_);
     } else {
       ptx::cp_async_16(to, from, 16);
     }
   }
-  // kBytes, known to the compiler.
+
   template <int kBytes>
-  __device__ void block(uint8_t* to, const uint8_t* from) const {
-    constexpr int pieces = kBytes / 16;
+  __device__ void copy_block(uint8_t* to, const uint8_t* from) const {
+    constexpr int all = 16 * kThreads;
 #pragma unroll
-    for (int first = 0; first < pieces; first += kThreads) {
-      const int i = first + thread;
-      if (pieces % kThreads == 0 || inside(i, pieces)) piece(to + 16 * i, from + 16 * i);
+    for (int at = 0; at < kBytes; at += all) {
+      if (kBytes % all == 0 || inside(at + offset_, kBytes)) copy(to + at, from + at);
     }
   }
-  // Rows of scales: few, and as many as the weight says.
-  __device__ void rows(uint8_t* to, const uint8_t* from, int bytes) const {
-    for (int i = thread; inside(16 * i, bytes); i += kThreads) piece(to + 16 * i, from + 16 * i);
+
+  // Mostly one piece for some of the threads.
+  __device__ void copy_rows(uint8_t* to, const uint8_t* from, int bytes) const {
+    constexpr int all = 16 * kThreads;
+    if (inside(offset_, bytes)) copy(to, from);
+    if (bytes <= all) return;
+#pragma unroll 1
+    for (int at = all; inside(at + offset_, bytes); at += all) copy(to + at, from + at);
   }
+
+  const WeightParams& w_;
+  const StageLayout& layout_;
+  const GroupOfCell group_of_;
+  const int offset_;
+  const uint64_t policy_;
+  const uint8_t* strip_ = nullptr;
 };
 
-// The groups that a step touches.
-struct StepGroups {
-  int first, count;
-};
-__device__ inline StepGroups groups_of_step(const WeightParams& w, const GroupOfCell& group_of,
-                                            int step) {
-  const int first = group_of(step * kStepCells);
-  const int cells = (w.K + kCellK - 1) / kCellK;
-  const int last_cell = step * kStepCells + kStepCells - 1;
-  const int last = group_of(last_cell < cells ? last_cell : cells - 1);
-  return {first, last - first + 1};
-}
-
-// One strip's part of a step: codes to `codes`, its groups' rows to `scales` and `zeros`.
-template <Format kFormat, int kThreads>
-__device__ void fetch_strip(const WeightParams& w, int strip, int step, const StepGroups& groups,
-                            const Copier<kThreads>& copy, uint8_t* codes, uint8_t* scales,
-                            uint8_t* zeros) {
-  using P = Planes<kFormat>;
-  constexpr int steps = kTileK / kStep;  // of a tile
-  constexpr int low = kStripRows * kStep * P::kLow / 8, high = kStripRows * kStep * P::kHigh / 8;
-  const uint8_t* strip_data = w.data + strip * w.strip_bytes;
-  const uint8_t* tile = strip_data + int64_t{step / steps} * w.tile_bytes;
-  const int part = step % steps;
-  copy.template block<low>(codes, tile + part * low);
-  if constexpr (high > 0) copy.template block<high>(codes + low, tile + steps * low + part * high);
-
-  // Scales that stand in tiles are those of one tile: a step never crosses into the next.
-  const bool in_tile = w.groups_per_tile != 0;
-  const uint8_t* base = in_tile ? tile : strip_data;
-  const int64_t first = in_tile ? groups.first - step / steps * w.groups_per_tile : groups.first;
-  copy.rows(scales, base + w.scales_offset + first * w.scale_row_bytes,
-            groups.count * w.scale_row_bytes);
-  copy.rows(zeros, base + w.zeros_offset + first * w.zero_row_bytes,
-            groups.count * w.zero_row_bytes);
-}
-
-// Columns [step * 64, step * 64 + 64) of kTokens rows of x from row m0 on, swizzled. Rows past M and columns past K become
-// zeros, and are not read: a weight that was padded meets a zero, and a NaN beside the tensor meets nobody.
+// Fetches kTokens rows of x, 64 columns at a time, as one of kThreads threads. Rows past M are cleared once, in every
+// stage, and columns past K are filled with zeros: neither is read. So a weight that was padded meets a zero, and a NaN
+// beside the tensor meets nobody.
 template <int kTokens, int kThreads>
-__device__ void fetch_tokens(const RowsParams& x, int K, int m0, int step, int thread,
-                             uint8_t* to) {
-  constexpr int pieces = kTokens * kRowPieces;
-  static_assert(pieces % kThreads == 0 && kThreads % kRowPieces == 0, "each thread one column of pieces");
-  const int piece = thread % kRowPieces, first = thread / kRowPieces;
-  const int left = 2 * (K - step * kStep) - 16 * piece;
-  const int wanted = left < 0 ? 0 : left < 16 ? left : 16;
-  const uint8_t* data = static_cast<const uint8_t*>(x.data);
+class TokenFetcher {
+ public:
+  __device__ TokenFetcher(const RowsParams& x, int K, int thread)
+      : x_(x), K_(K), piece_(thread % kRowPieces), first_(thread / kRowPieces) {}
+
+  // `stage_x` is x in the first stage.
+  __device__ void start(int m0, uint8_t* stage_x, int stages, int stage_bytes) {
+    rows_ = x_.M - m0 - first_;
+    row_ = static_cast<const uint8_t*>(x_.data) + (m0 + first_) * x_.stride * 2 + 16 * piece_;
+    if (kTokens <= x_.M - m0) return;
+    for (int stage = 0; stage < stages; ++stage, stage_x += stage_bytes) {
 #pragma unroll
-  for (int j = 0; j < pieces / kThreads; ++j) {
-    const int token = first + j * (kThreads / kRowPieces);
-    const int bytes = inside(m0 + token, x.M) ? wanted : 0;
-    const int64_t offset = ((m0 + token) * x.stride + step * kStep) * 2 + 16 * piece;
-    ptx::cp_async_16(to + swizzled(token, piece), data + (bytes > 0 ? offset : 0), bytes);
+      for (int j = 0; j < kEach; ++j) {
+        if (!inside(j * kApart, rows_))
+          *reinterpret_cast<uint4*>(stage_x + place(j)) = make_uint4(0, 0, 0, 0);
+      }
+    }
   }
-}
+
+  __device__ void fetch(int step, uint8_t* to) const {
+    const uint8_t* from = row_ + uint64_t{static_cast<uint32_t>(step)} * (kStep * 2);
+    const int left = 2 * (K_ - step * kStep);  // bytes of a row
+    if (left >= kStep * 2) {
+#pragma unroll
+      for (int j = 0; j < kEach; ++j, from += kApart * 2 * x_.stride) {
+        if (inside(j * kApart, rows_)) ptx::cp_async_16(to + place(j), from, 16);
+      }
+    } else {
+      fetch_last(from, left - 16 * piece_, to);
+    }
+  }
+
+ private:
+  static constexpr int kEach = kTokens * kRowPieces / kThreads;  // pieces of a step, for each thread
+  static constexpr int kApart = kThreads / kRowPieces;           // rows between them
+  static_assert(kEach * kApart == kTokens, "each thread has one column of pieces");
+
+  // A copy of part of 16 bytes takes more instructions: only where K ends.
+  __device__ void fetch_last(const uint8_t* from, int left, uint8_t* to) const {
+    const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
+    if (bytes == 0) from = static_cast<const uint8_t*>(x_.data);  // not read
+    const int64_t apart = bytes == 0 ? 0 : kApart * 2 * x_.stride;
+#pragma unroll 1
+    for (int j = 0; inside(j * kApart, kTokens); ++j, from += apart) {
+      if (inside(j * kApart, rows_)) ptx::cp_async_16(to + place(j), from, bytes);
+    }
+  }
+
+  __device__ int place(int j) const { return swizzled(first_ + j * kApart, piece_); }
+
+  const RowsParams& x_;
+  const int K_, piece_, first_;
+  int rows_ = 0;                  // from this thread's first one to the last of x
+  const uint8_t* row_ = nullptr;  // this thread's first piece of the first step
+};
 
 }  // namespace lowbit::cuda

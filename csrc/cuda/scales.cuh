@@ -12,19 +12,21 @@ namespace lowbit::cuda {
 
 inline constexpr int kLaneRows = 2 * kFragments;
 
-// Which code meets which group: cells of 16 k lie in one group each. A division by way of a product, exact while
-// (K / 16)^2 < 2^31; canonical shapes end far below.
+// Which group a cell of 16 k lies in: a division by way of a product, exact while (K / 16)^2 < 2^31. Wider matrices have
+// strips beyond what 32 bits of offset can reach anyway.
 class GroupOfCell {
  public:
   __device__ explicit GroupOfCell(const WeightParams& w)
-      : only_(w.groups == 1),
-        inverse_(only_ ? 0 : 0x7fffffffu / (static_cast<uint32_t>(w.group_size) / kCellK) + 1) {}
+      : cells_(w.groups == 1 ? 0x7fffffff : w.group_size / kCellK),
+        inverse_(0x7fffffffu / static_cast<uint32_t>(cells_) + 1) {}
   __device__ int operator()(int cell) const {
-    return only_ ? 0 : static_cast<int>(static_cast<uint64_t>(cell) * inverse_ >> 31);
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(cell)) * inverse_ >> 31);
   }
+  // Cells from this one to the end of its group.
+  __device__ int left(int cell, int group) const { return (group + 1) * cells_ - cell; }
 
  private:
-  bool only_;
+  int cells_;  // of a group
   uint32_t inverse_;
 };
 
@@ -34,37 +36,53 @@ struct GroupRows {
   const uint8_t* zeros;
 };
 
-// kCount neighbouring numbers of a row, the first at `position`, in fp32. `one` broadcasts the only one that there is.
+__device__ inline float number(ScaleDtype dtype, uint32_t bits) {
+  return dtype == ScaleDtype::kFloat16 ? Float16::low(bits) : BFloat16::low(bits);
+}
+
+// kCount (2 or 8) neighbouring numbers of a row, the first at `position`, in fp32. `one`: a row of one number, for all.
 template <int kCount>
 __device__ void load_numbers(const uint8_t* row, int position, ScaleDtype dtype, bool one,
                              float (&to)[kCount]) {
-  static_assert(kCount % 2 == 0, "16-bit numbers are loaded in pairs");
-  if (dtype == ScaleDtype::kFloat32) {
-    const float* from = reinterpret_cast<const float*>(row) + (one ? 0 : position);
+  if (one) {
+    const float all = dtype == ScaleDtype::kFloat32 ? *reinterpret_cast<const float*>(row)
+                                                    : number(dtype, *reinterpret_cast<const uint16_t*>(row));
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) to[j] = from[one ? 0 : j];
-    return;
-  }
+    for (int j = 0; j < kCount; ++j) to[j] = all;
+  } else if (dtype == ScaleDtype::kFloat32) {
+    const float2* from = reinterpret_cast<const float2*>(row + 4 * position);
 #pragma unroll
-  for (int j = 0; j < kCount; j += 2) {
-    uint32_t pair = *reinterpret_cast<const uint32_t*>(row + (one ? 0 : 2 * (position + j)));
-    if (one) pair = ptx::prmt(pair, 0u, 0x1010u);
-    const bool half = dtype == ScaleDtype::kFloat16;
-    to[j] = half ? Float16::low(pair) : BFloat16::low(pair);
-    to[j + 1] = half ? Float16::high(pair) : BFloat16::high(pair);
+    for (int j = 0; j < kCount / 2; ++j) {
+      const float2 pair = from[j];
+      to[2 * j] = pair.x;
+      to[2 * j + 1] = pair.y;
+    }
+  } else {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(row + 2 * position);
+#pragma unroll
+    for (int j = 0; j < kCount / 2; ++j) {
+      const uint32_t pair = from[j];
+      const bool half = dtype == ScaleDtype::kFloat16;
+      to[2 * j] = half ? Float16::low(pair) : BFloat16::low(pair);
+      to[2 * j + 1] = half ? Float16::high(pair) : BFloat16::high(pair);
+    }
   }
 }
 
 // The eight 16-bit scales of a lane, each as a pair of itself.
 __device__ inline void load_pairs(const uint8_t* row, int g, bool one,
                                   uint32_t (&to)[kLaneRows]) {
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(row) + (one ? 0 : 4 * g);
+  if (one) {
+    const uint32_t all = *reinterpret_cast<const uint16_t*>(row) * 0x10001u;
 #pragma unroll
-  for (int j = 0; j < kLaneRows; j += 2) {
-    const uint32_t pair = from[one ? 0 : j / 2];
-    to[j] = ptx::prmt(pair, 0u, 0x1010u);
-    to[j + 1] = ptx::prmt(pair, 0u, one ? 0x1010u : 0x3232u);
+    for (int j = 0; j < kLaneRows; ++j) to[j] = all;
+    return;
   }
+  const uint4 v = *reinterpret_cast<const uint4*>(row + 16 * g);
+  const uint32_t pairs[kLaneRows / 2] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int j = 0; j < kLaneRows; ++j)
+    to[j] = ptx::prmt(pairs[j / 2], 0u, j % 2 == 0 ? 0x1010u : 0x3232u);
 }
 
 // What decode() subtracts: integer zeros of a lane's rows, or the format's own where there are none. Fractional zeros and

@@ -55,7 +55,8 @@ class MatrixWarp {
         lane_(static_cast<int>(threadIdx.x) % 32),
         strip_(static_cast<int>(threadIdx.x) / 32 % kStrips),
         part_(static_cast<int>(threadIdx.x) / 32 / kStrips),
-        copy_(static_cast<int>(threadIdx.x) % kStripThreads, p.schedule.tiles_m == 1),
+        fetched_strip_(p.w, layout, static_cast<int>(threadIdx.x) % kStripThreads),
+        fetched_tokens_(p.x, p.w.K, static_cast<int>(threadIdx.x)),
         group_of_(p.w),
         cells_((p.w.K + kCellK - 1) / kCellK),
         scaling_(p.w.scale_dtype == T::kScaleDtype && !has_fractions(p.w) ? Scaling16::kPairs
@@ -74,6 +75,7 @@ class MatrixWarp {
     group_ = -1;
     if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
     const bool has_rows = inside(segment.tile_n * kStrips + strip_, p_.w.strips);
+    start_fetching(segment);
     int fetched = segment.first, filled = 0, read = 0;
     int ahead = p_.stages - 1;  // copies to start before the first wait
     for (int step = segment.first; ahead > 0 || step < segment.last;) {
@@ -81,7 +83,10 @@ class MatrixWarp {
         wait_for_oldest(p_.stages);
         ptx::sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
       }
-      fetch(segment, fetched, filled);
+      if (fetched < segment.last) fetch(fetched, dynamic_shared() + filled * layout_.bytes);
+      ptx::cp_async_commit();  // an empty group too: waiting counts groups
+      ++fetched;
+      advance(filled);
       if (ahead > 0) {
         --ahead;
         continue;
@@ -90,7 +95,6 @@ class MatrixWarp {
       advance(read);
       ++step;
     }
-    ptx::cp_async_wait<0>();
     ptx::sync_block();  // what follows lies over the ring
   }
 
@@ -172,23 +176,20 @@ class MatrixWarp {
 
   __device__ void advance(int& slot) const { slot = slot + 1 == p_.stages ? 0 : slot + 1; }
 
-  // Starts the block's copies of a step, if there is one: 64 threads to a strip, all of them to x.
-  __device__ void fetch(const Segment& segment, int& step, int& slot) const {
-    if (step < segment.last) {
-      uint8_t* stage = dynamic_shared() + slot * layout_.bytes;
-      const int place = static_cast<int>(threadIdx.x) / kStripThreads;
-      const int strip = segment.tile_n * kStrips + place;
-      if (inside(strip, p_.w.strips)) {
-        const StepGroups groups = groups_of_step(p_.w, group_of_, step);
-        fetch_strip<kFormat>(p_.w, strip, step, groups, copy_, codes(stage, place),
-                             scales(stage, place), zeros(stage, place));
-      }
-      fetch_tokens<kShape.tokens, kShape.threads()>(p_.x, p_.w.K, segment.tile_m * kShape.tokens, step,
-                                                    static_cast<int>(threadIdx.x), stage + layout_.x);
-      ++step;
-      advance(slot);
-    }
-    ptx::cp_async_commit();
+  // 64 threads fetch a strip, if there is one; all of them fetch x.
+  __device__ int fetched_place() const { return static_cast<int>(threadIdx.x) / kStripThreads; }
+  __device__ void start_fetching(const Segment& segment) {
+    const int strip = segment.tile_n * kStrips + fetched_place();
+    fetches_strip_ = inside(strip, p_.w.strips);
+    if (fetches_strip_) fetched_strip_.start(strip);
+    fetched_tokens_.start(segment.tile_m * kShape.tokens, dynamic_shared() + layout_.x, p_.stages,
+                          layout_.bytes);
+  }
+  __device__ void fetch(int step, uint8_t* stage) const {
+    const int place = fetched_place();
+    if (fetches_strip_)
+      fetched_strip_.fetch(step, codes(stage, place), scales(stage, place), zeros(stage, place));
+    fetched_tokens_.fetch(step, stage + layout_.x);
   }
 
   template <class Byte>
@@ -270,7 +271,9 @@ class MatrixWarp {
   const int lane_;
   const int strip_;  // of the block's four
   const int part_;   // of its tokens (warps_m == 2) or of each step (warps_k == 2)
-  const Copier<kStripThreads> copy_;
+  StripFetcher<kFormat, kStripThreads, Reuse::kTokens> fetched_strip_;
+  TokenFetcher<kShape.tokens, kShape.threads()> fetched_tokens_;
+  bool fetches_strip_ = false;
   const GroupOfCell group_of_;
   const int cells_;
   const Scaling16 scaling_;

@@ -36,6 +36,7 @@ class StreamWarp {
  public:
   static constexpr int kBlocks8 = kTokens / 8;  // of tokens, as mma takes them
   using Words = typename Codec<kFormat>::Words;
+  using Sums = float[kFragments][kBlocks8][4];
 
   __device__ StreamWarp(const GemmParams& p, const StageLayout& layout)
       : p_(p),
@@ -43,37 +44,42 @@ class StreamWarp {
         warp_(static_cast<int>(threadIdx.x) / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
         ring_(dynamic_shared() + warp_ * p.stages * layout.bytes),
-        copy_(lane_, p.schedule.tiles_m == 1),
+        strip_(p.w, layout, lane_),
+        tokens_(p.x, p.w.K, lane_),
         group_of_(p.w),
         cells_((p.w.K + kCellK - 1) / kCellK),
         scale_sums_(!has_fractions(p.w)) {}
 
   // sums[fragment][8 tokens][register of D] = this warp's steps of the segment.
-  __device__ void multiply(const Segment& segment, float (&sums)[kFragments][kBlocks8][4]) {
+  __device__ void multiply(const Segment& segment, Sums& sums) {
     clear(sums);
     if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
-    int fetched = segment.first + warp_, filled = 0, read = 0;
+    strip_.start(segment.tile_n);
+    tokens_.start(segment.tile_m * kTokens, ring_ + layout_.x, p_.stages, layout_.bytes);
+    uint8_t *filled = ring_, *read = ring_;
+    int fetched = segment.first + warp_;
     int ahead = p_.stages - 1;  // copies to start before the first wait
-    for (int step = segment.first + warp_; ahead > 0 || step < segment.last;) {
+    for (int step = fetched; ahead > 0 || step < segment.last;) {
       if (ahead == 0) {
         wait_for_oldest(p_.stages);
         ptx::sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
       }
-      fetch(segment, fetched, filled);
+      if (fetched < segment.last) fetch(fetched, filled);
+      ptx::cp_async_commit();  // an empty group too: waiting counts groups
+      fetched += kWarps;
+      advance(filled);
       if (ahead > 0) {
         --ahead;
         continue;
       }
-      multiply_step(ring_ + read * layout_.bytes, step, sums);
+      multiply_step(read, step, sums);
       advance(read);
       step += kWarps;
     }
-    ptx::cp_async_wait<0>();
   }
 
   // Adds the warps' sums; this thread's are values[2 * j], values[2 * j + 1], at (token(j), row()) and the row after.
-  __device__ void add_warps(const float (&sums)[kFragments][kBlocks8][4],
-                            float (&values)[2 * kBlocks8]) const {
+  __device__ void add_warps(const Sums& sums, float (&values)[2 * kBlocks8]) const {
     float* exchange = reinterpret_cast<float*>(dynamic_shared());
     float* own = exchange + warp_ * kTokens * kPaddedRows;
     const int g = lane_ / 4, t = lane_ % 4;
@@ -107,8 +113,6 @@ class StreamWarp {
   __device__ int token(int j) const { return warp_ + kWarps * j; }
 
  private:
-  using Sums = float[kFragments][kBlocks8][4];
-
   static __device__ void clear(Sums& sums) {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
@@ -120,86 +124,98 @@ class StreamWarp {
     }
   }
 
-  __device__ void advance(int& slot) const { slot = slot + 1 == p_.stages ? 0 : slot + 1; }
-
-  // Starts the copies of this warp's next step, if there is one; always a group of copies, so that waiting can count.
-  __device__ void fetch(const Segment& segment, int& step, int& slot) const {
-    if (step < segment.last) {
-      uint8_t* stage = ring_ + slot * layout_.bytes;
-      const StepGroups groups = groups_of_step(p_.w, group_of_, step);
-      fetch_strip<kFormat>(p_.w, segment.tile_n, step, groups, copy_, stage,
-                           stage + layout_.scales, stage + layout_.zeros);
-      fetch_tokens<kTokens, 32>(p_.x, p_.w.K, segment.tile_m * kTokens, step, lane_,
-                                stage + layout_.x);
-      step += kWarps;
-      advance(slot);
-    }
-    ptx::cp_async_commit();
+  __device__ void advance(uint8_t*& stage) const {
+    stage += layout_.bytes;
+    if (stage == ring_ + p_.stages * layout_.bytes) stage = ring_;
   }
 
-  // B fragments: with 16 tokens of one cell, with 8 tokens of this cell and the next.
-  __device__ void load_tokens(const uint8_t* x, int cell, uint32_t (&b)[4]) const {
-    const int matrix = lane_ / 8;
-    const int token = lane_ % 8 + (kBlocks8 == 2 ? 8 * (matrix / 2) : 0);
-    const int piece = 2 * cell + (kBlocks8 == 2 ? matrix % 2 : matrix);
-    ptx::ldmatrix_x4(b, x + swizzled(token, piece));
+  __device__ void fetch(int step, uint8_t* stage) const {
+    strip_.fetch(step, stage, stage + layout_.scales, stage + layout_.zeros);
+    tokens_.fetch(step, stage + layout_.x);
   }
 
-  // Cells one after the other: other warps fill the time that loads take, and code stays short.
-  __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {
-    const int first_cell = step * kStepCells;
-    const int end = first_cell + kStepCells < cells_ ? first_cell + kStepCells : cells_;
-    const int first_group = group_of_(first_cell);
-    int group = -1;  // of the cell before
-    Sums part;
-    uint32_t b[4];
-    GroupRows rows{};
-#pragma unroll 1
-    for (int cell = first_cell; inside(cell, end); ++cell) {
-      if (const int of_cell = group_of_(cell); of_cell != group) {
-        group = of_cell;
-        rows.scales = stage + layout_.scales + (group - first_group) * p_.w.scale_row_bytes;
-        rows.zeros = stage + layout_.zeros + (group - first_group) * p_.w.zero_row_bytes;
-        if (p_.w.zero_kind == ZeroKind::kInt)
-          load_zeros<kFormat, T>(p_.w, rows.zeros, lane_ / 4, zeros_);
-        clear(part);
-      }
-      const int c = cell - first_cell;
-      if (kBlocks8 == 2 || c % 2 == 0) load_tokens(stage + layout_.x, c, b);
-      Words words;
-      load_cell<kFormat, kStepCells>(stage, c, lane_, words);
-      multiply_cell(words, rows, c, b, part);
-      if (cell + 1 == end || group_of_(cell + 1) != group) add_group(rows, part, sums);
-    }
-  }
-
-  __device__ void multiply_cell(const Words& words, const GroupRows& rows, int c,
-                                const uint32_t (&b)[4], Sums& part) const {
-    const bool second = kBlocks8 == 1 && c % 2 == 1;  // cell of the two whose tokens b holds
-    const uint32_t b0 = second ? b[2] : b[0], b1 = second ? b[3] : b[1];
+  // B fragments of one or two cells. A matrix of ldmatrix is 8 tokens x 8 k, two of them are a fragment, four come at
+  // once: of two cells with 8 tokens, of one with 16. With one cell and 8 tokens the other two are thrown away.
+  template <int kCells>
+  __device__ void load_tokens(const uint8_t* x, int c, uint32_t (&b)[kCells][kBlocks8][2]) const {
+    const int matrix = lane_ / 8, half = matrix % 2, other = matrix / 2;
 #pragma unroll
-    for (int i = 0; i < kFragments; ++i) {
-      uint32_t a[4];
-      Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
-      if (!scale_sums_) scale_floats<kFormat, T>(p_.w, words, i, rows, lane_ / 4, a);
-      T::mma(part[i][0], a, b0, b1);
-      if constexpr (kBlocks8 == 2) T::mma(part[i][1], a, b[2], b[3]);
+    for (int j = 0; j < kCells * kBlocks8; j += 2) {
+      uint32_t four[4];
+      if constexpr (kBlocks8 == 2) {
+        ptx::ldmatrix_x4(four, x + swizzled(lane_ % 8 + 8 * other, 2 * (c + j / 2) + half));
+      } else {
+        const int cell = c + (kCells == 2 ? other : 0);
+        ptx::ldmatrix_x4(four, x + swizzled(lane_ % 8, 2 * cell + half));
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int at = j + r / 2;
+        if (at < kCells * kBlocks8) b[at / kBlocks8][at % kBlocks8][r % 2] = four[r];
+      }
+    }
+  }
+
+  // Group after group, two cells at a time where they are in one group.
+  __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {
+    const int begin = step * kStepCells;
+    const int cells = cells_ - begin < kStepCells ? cells_ - begin : kStepCells;
+    GroupRows rows{stage + layout_.scales, stage + layout_.zeros};
+    int group = group_of_(begin);
+#pragma unroll 1
+    for (int c = 0; c < cells; ++group) {
+      if (p_.w.zero_kind == ZeroKind::kInt)
+        load_zeros<kFormat, T>(p_.w, rows.zeros, lane_ / 4, zeros_);
+      Sums part;
+      clear(part);
+      const int left = group_of_.left(begin + c, group);
+      const int end = left < cells - c ? c + left : cells;
+#pragma unroll 1
+      for (; scale_sums_ && c + 2 <= end; c += 2) multiply_cells<2, true>(stage, c, rows, part);
+#pragma unroll 1
+      for (; scale_sums_ && c < end; ++c) multiply_cells<1, true>(stage, c, rows, part);
+#pragma unroll 1
+      for (; c < end; ++c) multiply_cells<1, false>(stage, c, rows, part);
+      add_group(rows, part, sums);
+      rows.scales += p_.w.scale_row_bytes;
+      rows.zeros += p_.w.zero_row_bytes;
+    }
+  }
+
+  // Codes as they are, or scaled before.
+  template <int kCells, bool kAsTheyAre>
+  __device__ void multiply_cells(const uint8_t* stage, int c, const GroupRows& rows,
+                                 Sums& part) const {
+    uint32_t b[kCells][kBlocks8][2];
+    load_tokens(stage + layout_.x, c, b);
+#pragma unroll
+    for (int j = 0; j < kCells; ++j) {
+      Words words;
+      load_cell<kFormat, kStepCells>(stage, c + j, lane_, words);
+#pragma unroll
+      for (int i = 0; i < kFragments; ++i) {
+        uint32_t a[4];
+        Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
+        if constexpr (!kAsTheyAre)
+          scale_floats<kFormat, T>(p_.w, words, i, rows, lane_ / 4, a);
+#pragma unroll
+        for (int n = 0; n < kBlocks8; ++n) T::mma(part[i][n], a, b[j][n][0], b[j][n][1]);
+      }
     }
   }
 
   // sums += scale * part, or += part where weights were scaled before.
   __device__ void add_group(const GroupRows& rows, const Sums& part, Sums& sums) const {
-    const int g = lane_ / 4;
+    float scales[kLaneRows] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+    if (scale_sums_)
+      load_numbers(rows.scales, 8 * (lane_ / 4), p_.w.scale_dtype, p_.w.one_scale, scales);
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
-      float scale[2] = {1.0f, 1.0f};
-      if (scale_sums_)
-        load_numbers(rows.scales, 8 * g + 2 * i, p_.w.scale_dtype, p_.w.one_scale, scale);
 #pragma unroll
       for (int b = 0; b < kBlocks8; ++b) {
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          sums[i][b][r] = ptx::fma_rn(part[i][b][r], scale[r / 2], sums[i][b][r]);
+          sums[i][b][r] = ptx::fma_rn(part[i][b][r], scales[2 * i + r / 2], sums[i][b][r]);
       }
     }
   }
@@ -208,7 +224,8 @@ class StreamWarp {
   const StageLayout& layout_;
   const int warp_, lane_;
   uint8_t* const ring_;
-  const Copier<32> copy_;
+  StripFetcher<kFormat, 32, Reuse::kNone> strip_;
+  TokenFetcher<kTokens, 32> tokens_;
   const GroupOfCell group_of_;
   const int cells_;
   const bool scale_sums_;
