@@ -137,6 +137,16 @@ def test_device_string_does_not_initialise_cuda(monkeypatch: pytest.MonkeyPatch)
     assert "on sm_86:84" in explain("gemm", M=1, device="cuda", **GEMM).problem
 
 
+def test_sizes_beyond_any_device() -> None:
+    """Numbers that no GPU holds are an error, not an overflow."""
+    huge = cuda_desc(Spec("int4", "none", 128))
+    with pytest.raises(ValueError, match="makes more tiles than one launch takes"):
+        _C.describe_config("gemm", "sm_90", 2**29, 2**28, 2**28, huge, "bfloat16", 0)
+    with pytest.raises(ValueError, match=r"M=1073741824 is outside 1\.\.2\^30"):
+        _C.describe_config("gemm", "sm_90", 2**30, 64, 128, huge, "bfloat16", 0)
+    assert _C.workspace_size("gemm_out", 2**20, 2**16, 2**16, huge) >= 0
+
+
 # -- forced kernels -----------------------------------------------------------------------------------------------------
 
 

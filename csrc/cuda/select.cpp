@@ -142,6 +142,8 @@ Schedule cut(const Problem& p, const Tile& tile, const Tuning& tuning, int64_t s
   const int64_t columns = p.op == Op::kGradInput ? p.K : p.N;
   const int64_t depth = p.op == Op::kGradInput ? p.N : p.K;
   const int64_t tiles_n = div_up(columns, tile.rows), tiles_m = div_up(p.M, tile.tokens);
+  LOWBIT_CHECK(tiles_n * tiles_m < (int64_t{1} << 31), "M=", p.M, " N=", p.N, " K=", p.K,
+               " makes more tiles than one launch takes");
   const bool whole = (p.flags & kBatchInvariant) != 0 || tiles_n * tiles_m > kMaxShared;
   return make_schedule(
       static_cast<int>(tiles_n), static_cast<int>(tiles_m),
