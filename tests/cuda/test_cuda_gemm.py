@@ -218,8 +218,8 @@ def test_out_and_workspace(backend: Any, kernel: str) -> None:
     for M, N, K in ((3, 130, 640), (20, 66, 1000)):
         p = Problem(spec, M, N, K, torch.float16)
         w, x = pack(backend, p.weight), on(backend, p.x())
-        size = _C.workspace_size("gemm_out", M, N, K, p.desc, backend.model)
         with forced(kernel):
+            size = _C.workspace_size("gemm_out", M, N, K, p.desc, backend.model)
             y = backend.ops.gemm(x, w, None, N, K, p.desc, 0)
             workspace = torch.zeros(size, dtype=torch.uint8, device=backend.device)
             for _ in range(3):
