@@ -21,6 +21,7 @@ class Device:
 
     def __init__(self) -> None:
         self.ops: Any = torch.ops.lowbit
+        torch.cuda.init()  # or the string would be that of any GPU
         self.model = _cuda.device_string(torch.device("cuda"))
 
     def reset(self) -> None:

@@ -69,7 +69,9 @@ def test_workspace_of_gemm_a8(backend: Any) -> None:
     workspace = torch.zeros(size, dtype=torch.uint8, device=backend.device)
     x = cases.random_x(5, 600)
     for format, group in ((cases.INT8, -1), (cases.FP8, -1), (cases.FP8, 128)):
-        q, s, _ = (on(backend, t) for t in torch.ops.lowbit.quantize_activation(x, format, group, None, None, None, True))
+        q, s, _ = (
+            on(backend, t) for t in torch.ops.lowbit.quantize_activation(x, format, group, None, None, None, True)
+        )
         y = backend.ops.gemm_a8(q, s, None, w, None, 66, 600, desc, 0, torch.float32)
         for _ in range(2):
             out = torch.full((5, 66), torch.nan, device=backend.device)
@@ -98,7 +100,9 @@ def test_strict_refuses_the_general_kernel(backend: Any, strict: None) -> None:
     spec = Spec("int4", "int", 24)
     w = pack(backend, cases.random_weight(spec, 17, 48))
     x = on(backend, cases.random_x(2, 48, dtype=torch.bfloat16))
-    with pytest.raises(RuntimeError, match=r"only the general kernel takes M=2 N=17 K=48 int4 group_size=24.* on cuda:sm_"):
+    with pytest.raises(
+        RuntimeError, match=r"only the general kernel takes M=2 N=17 K=48 int4 group_size=24.* on cuda:sm_"
+    ):
         backend.ops.gemm(x, w, None, 17, 48, cuda_desc(spec), 0)
     p = Problem(INT4, 3, 64, 64, torch.float16)
     gemm(backend, p)
@@ -136,7 +140,7 @@ def test_devices_below_ampere_are_refused(backend: Any) -> None:
     """One clear error, from the ops and from explain."""
     p = Problem(INT4, 3, 64, 64, torch.float16)
     w, x = pack(backend, p.weight), on(backend, p.x())
-    with pytest.raises(ValueError, match="the device is sm_75; lowbit's CUDA kernels need compute capability 8.0"):
+    with pytest.raises(ValueError, match=r"the device is sm_75; lowbit's CUDA kernels need compute capability 8\.0"):
         _C.explain("gemm", "sm_75", 1, 64, 64, p.desc, "float16", 0)
     if not backend.set_device(75, 40):
         return  # a real device is what it is
