@@ -35,12 +35,14 @@ __device__ inline void wait_for_oldest(int stages) {
 // How a weight is read: once by this launch, or again for every tile of tokens. What is read once leaves the L2 first.
 enum class Reuse { kNone, kTokens };
 
-// Fetches one strip's part of steps, as one of kThreads threads that share the work. Every copy of a step has the same
-// offset for a thread, so pointers carry it and steps cost few instructions: with one token there are hardly more to spend
-// on a step than its codes need to be decoded.
+// Fetches one strip's part of steps, as one of kThreads threads that share the work. A thread's copies all have the same
+// offset, so pointers carry it, and what a segment's steps have in common is computed once: with one token, there are
+// hardly more instructions to spend on a step than decoding takes.
 template <Format kFormat, int kThreads, Reuse kReuse>
 class StripFetcher {
  public:
+  static constexpr int kTileSteps = kTileK / kStep;
+
   __device__ StripFetcher(const WeightParams& w, const StageLayout& layout, int thread)
       : w_(w),
         layout_(layout),
@@ -48,38 +50,40 @@ class StripFetcher {
         offset_(16 * thread),
         policy_(ptx::policy_evict_first()) {}
 
-  __device__ void start(int strip) { strip_ = w_.data + strip * w_.strip_bytes + offset_; }
+  // The tile that a step lies in, as fetch() wants it.
+  __device__ const uint8_t* tile(int strip, int step) const {
+    return w_.data + strip * w_.strip_bytes + int64_t{step / kTileSteps} * w_.tile_bytes + offset_;
+  }
 
-  // Codes go to `codes`, the rows of the groups that the step touches to `scales` and `zeros`.
-  __device__ void fetch(int step, uint8_t* codes, uint8_t* scales, uint8_t* zeros) const {
+  // Part `part` of a tile, which is step `step`: codes go to `codes`, the rows of the groups that the step touches to
+  // `scales` and `zeros`.
+  __device__ void fetch(const uint8_t* tile, uint32_t part, int step, uint8_t* codes,
+                        uint8_t* scales, uint8_t* zeros) const {
     constexpr int low = kStripRows * kStep * P::kLow / 8, high = kStripRows * kStep * P::kHigh / 8;
-    const uint32_t part = static_cast<uint32_t>(step) % kTileSteps;
-    const uint8_t* tile = strip_ + uint64_t{static_cast<uint32_t>(step) / kTileSteps} *
-                                       static_cast<uint32_t>(w_.tile_bytes);
     copy_block<low>(codes + offset_, tile + part * low);
     if constexpr (high > 0)
       copy_block<high>(codes + low + offset_, tile + kTileSteps * low + part * high);
 
+    const uint32_t scale_row = static_cast<uint32_t>(w_.scale_row_bytes);
+    const uint32_t zero_row = static_cast<uint32_t>(w_.zero_row_bytes);
     // In a tile, rows of the group past the last k exist, too. A table ends with its last group.
-    const uint8_t* rows = tile;
     uint32_t first = part * static_cast<uint32_t>(w_.groups_per_tile) / kTileSteps;
     int count = layout_.groups;
     if (w_.groups_per_tile == 0) {
-      rows = strip_;
+      tile -= int64_t{step / kTileSteps} * w_.tile_bytes;  // the strip
       first = static_cast<uint32_t>(group_of_(step * kStepCells));
       const int left = w_.groups - static_cast<int>(first);
       count = left < count ? left : count;
     }
-    copy_rows(scales + offset_, rows + w_.scales_offset + first * static_cast<uint32_t>(w_.scale_row_bytes),
+    copy_rows(scales + offset_, tile + w_.scales_offset + first * scale_row,
               count * w_.scale_row_bytes);
     if (w_.zero_row_bytes != 0)
-      copy_rows(zeros + offset_, rows + w_.zeros_offset + first * static_cast<uint32_t>(w_.zero_row_bytes),
+      copy_rows(zeros + offset_, tile + w_.zeros_offset + first * zero_row,
                 count * w_.zero_row_bytes);
   }
 
  private:
   using P = Planes<kFormat>;
-  static constexpr int kTileSteps = kTileK / kStep;
 
   __device__ void copy(uint8_t* to, const uint8_t* from) const {
     if constexpr (kReuse == Reuse::kNone) {
@@ -112,7 +116,6 @@ class StripFetcher {
   const GroupOfCell group_of_;
   const int offset_;
   const uint64_t policy_;
-  const uint8_t* strip_ = nullptr;
 };
 
 // Fetches kTokens rows of x, 64 columns at a time, as one of kThreads threads. Rows past M are cleared once, in every
@@ -127,7 +130,6 @@ class TokenFetcher {
   // `stage_x` is x in the first stage.
   __device__ void start(int m0, uint8_t* stage_x, int stages, int stage_bytes) {
     rows_ = x_.M - m0 - first_;
-    row_ = static_cast<const uint8_t*>(x_.data) + (m0 + first_) * x_.stride * 2 + 16 * piece_;
     if (kTokens <= x_.M - m0) return;
     for (int stage = 0; stage < stages; ++stage, stage_x += stage_bytes) {
 #pragma unroll
@@ -138,16 +140,21 @@ class TokenFetcher {
     }
   }
 
-  __device__ void fetch(int step, uint8_t* to) const {
-    const uint8_t* from = row_ + uint64_t{static_cast<uint32_t>(step)} * (kStep * 2);
+  // This thread's first piece of a step, as fetch() wants it.
+  __device__ const uint8_t* row(int m0, int step) const {
+    return static_cast<const uint8_t*>(x_.data) + (m0 + first_) * x_.stride * 2 + 16 * piece_ +
+           int64_t{step} * (kStep * 2);
+  }
+
+  __device__ void fetch(const uint8_t* row, int step, uint8_t* to) const {
     const int left = 2 * (K_ - step * kStep);  // bytes of a row
     if (left >= kStep * 2) {
 #pragma unroll
-      for (int j = 0; j < kEach; ++j, from += kApart * 2 * x_.stride) {
-        if (inside(j * kApart, rows_)) ptx::cp_async_16(to + place(j), from, 16);
+      for (int j = 0; j < kEach; ++j, row += kApart * 2 * x_.stride) {
+        if (inside(j * kApart, rows_)) ptx::cp_async_16(to + place(j), row, 16);
       }
     } else {
-      fetch_last(from, left - 16 * piece_, to);
+      fetch_last(row, left - 16 * piece_, to);
     }
   }
 
@@ -171,8 +178,7 @@ class TokenFetcher {
 
   const RowsParams& x_;
   const int K_, piece_, first_;
-  int rows_ = 0;                  // from this thread's first one to the last of x
-  const uint8_t* row_ = nullptr;  // this thread's first piece of the first step
+  int rows_ = 0;  // from this thread's first one to the last of x
 };
 
 }  // namespace lowbit::cuda

@@ -177,19 +177,17 @@ class MatrixWarp {
   __device__ void advance(int& slot) const { slot = slot + 1 == p_.stages ? 0 : slot + 1; }
 
   // 64 threads fetch a strip, if there is one; all of them fetch x.
-  __device__ int fetched_place() const { return static_cast<int>(threadIdx.x) / kStripThreads; }
   __device__ void start_fetching(const Segment& segment) {
-    const int strip = segment.tile_n * kStrips + fetched_place();
-    fetches_strip_ = inside(strip, p_.w.strips);
-    if (fetches_strip_) fetched_strip_.start(strip);
-    fetched_tokens_.start(segment.tile_m * kShape.tokens, dynamic_shared() + layout_.x, p_.stages,
-                          layout_.bytes);
+    m0_ = segment.tile_m * kShape.tokens;
+    fetched_ = segment.tile_n * kStrips + static_cast<int>(threadIdx.x) / kStripThreads;
+    fetched_tokens_.start(m0_, dynamic_shared() + layout_.x, p_.stages, layout_.bytes);
   }
   __device__ void fetch(int step, uint8_t* stage) const {
-    const int place = fetched_place();
-    if (fetches_strip_)
-      fetched_strip_.fetch(step, codes(stage, place), scales(stage, place), zeros(stage, place));
-    fetched_tokens_.fetch(step, stage + layout_.x);
+    const int place = static_cast<int>(threadIdx.x) / kStripThreads;
+    if (inside(fetched_, p_.w.strips))
+      fetched_strip_.fetch(fetched_strip_.tile(fetched_, step), static_cast<uint32_t>(step) % 2, step,
+                           codes(stage, place), scales(stage, place), zeros(stage, place));
+    fetched_tokens_.fetch(fetched_tokens_.row(m0_, step), step, stage + layout_.x);
   }
 
   template <class Byte>
@@ -273,7 +271,7 @@ class MatrixWarp {
   const int part_;   // of its tokens (warps_m == 2) or of each step (warps_k == 2)
   StripFetcher<kFormat, kStripThreads, Reuse::kTokens> fetched_strip_;
   TokenFetcher<kShape.tokens, kShape.threads()> fetched_tokens_;
-  bool fetches_strip_ = false;
+  int m0_ = 0, fetched_ = 0;  // first token of the segment, strip whose codes this thread fetches
   const GroupOfCell group_of_;
   const int cells_;
   const Scaling16 scaling_;

@@ -48,23 +48,25 @@ class StreamWarp {
         tokens_(p.x, p.w.K, lane_),
         group_of_(p.w),
         cells_((p.w.K + kCellK - 1) / kCellK),
-        scale_sums_(!has_fractions(p.w)) {}
+        scale_sums_(!has_fractions(p.w)),
+        one_group_(scale_sums_ && (p.w.groups == 1 || p.w.group_size % kStep == 0)) {}
 
   // sums[fragment][8 tokens][register of D] = this warp's steps of the segment.
   __device__ void multiply(const Segment& segment, Sums& sums) {
     clear(sums);
     if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
-    strip_.start(segment.tile_n);
     tokens_.start(segment.tile_m * kTokens, ring_ + layout_.x, p_.stages, layout_.bytes);
-    uint8_t *filled = ring_, *read = ring_;
     int fetched = segment.first + warp_;
+    Source from{strip_.tile(segment.tile_n, fetched), tokens_.row(segment.tile_m * kTokens, fetched),
+                static_cast<uint32_t>(fetched) % Strip::kTileSteps};
+    uint8_t *filled = ring_, *read = ring_;
     int ahead = p_.stages - 1;  // copies to start before the first wait
     for (int step = fetched; ahead > 0 || step < segment.last;) {
       if (ahead == 0) {
         wait_for_oldest(p_.stages);
         ptx::sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
       }
-      if (fetched < segment.last) fetch(fetched, filled);
+      if (fetched < segment.last) fetch(from, fetched, filled);
       ptx::cp_async_commit();  // an empty group too: waiting counts groups
       fetched += kWarps;
       advance(filled);
@@ -129,13 +131,25 @@ class StreamWarp {
     if (stage == ring_ + p_.stages * layout_.bytes) stage = ring_;
   }
 
-  __device__ void fetch(int step, uint8_t* stage) const {
-    strip_.fetch(step, stage, stage + layout_.scales, stage + layout_.zeros);
-    tokens_.fetch(step, stage + layout_.x);
+  using Strip = StripFetcher<kFormat, 32, Reuse::kNone>;
+  using Tokens = TokenFetcher<kTokens, 32>;
+  static_assert(kWarps % Strip::kTileSteps == 0, "a warp's steps are all the same part of their tiles");
+
+  // Where the next step's bytes come from.
+  struct Source {
+    const uint8_t* tile;
+    const uint8_t* row;
+    uint32_t part;
+  };
+  __device__ void fetch(Source& from, int step, uint8_t* stage) const {
+    strip_.fetch(from.tile, from.part, step, stage, stage + layout_.scales, stage + layout_.zeros);
+    tokens_.fetch(from.row, step, stage + layout_.x);
+    from.tile += kWarps / Strip::kTileSteps * p_.w.tile_bytes;
+    from.row += kWarps * kStep * 2;
   }
 
-  // B fragments of one or two cells. A matrix of ldmatrix is 8 tokens x 8 k, two of them are a fragment, four come at
-  // once: of two cells with 8 tokens, of one with 16. With one cell and 8 tokens the other two are thrown away.
+  // B fragments of some cells. A matrix of ldmatrix is 8 tokens x 8 k, two of them are a fragment, four come at
+  // once: of two cells with 8 tokens, of one with 16. With 8 tokens and one cell the other two are thrown away.
   template <int kCells>
   __device__ void load_tokens(const uint8_t* x, int c, uint32_t (&b)[kCells][kBlocks8][2]) const {
     const int matrix = lane_ / 8, half = matrix % 2, other = matrix / 2;
@@ -145,7 +159,7 @@ class StreamWarp {
       if constexpr (kBlocks8 == 2) {
         ptx::ldmatrix_x4(four, x + swizzled(lane_ % 8 + 8 * other, 2 * (c + j / 2) + half));
       } else {
-        const int cell = c + (kCells == 2 ? other : 0);
+        const int cell = c + j + (kCells == 1 ? 0 : other);
         ptx::ldmatrix_x4(four, x + swizzled(lane_ % 8, 2 * cell + half));
       }
 #pragma unroll
@@ -156,9 +170,25 @@ class StreamWarp {
     }
   }
 
-  // Group after group, two cells at a time where they are in one group.
   __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {
     const int begin = step * kStepCells;
+    if (one_group_ && begin + kStepCells <= cells_) {
+      const GroupRows rows{stage + layout_.scales, stage + layout_.zeros};
+      if (p_.w.zero_kind == ZeroKind::kInt)
+        load_zeros<kFormat, T>(p_.w, rows.zeros, lane_ / 4, zeros_);
+      Sums part;
+      clear(part);
+      constexpr int at_once = kBlocks8 == 1 ? kStepCells : 2;  // as registers allow
+#pragma unroll 1
+      for (int c = 0; c < kStepCells; c += at_once) multiply_cells<at_once, true>(stage, c, rows, part);
+      add_group(rows, part, sums);
+    } else {
+      multiply_groups(stage, begin, sums);
+    }
+  }
+
+  // A step of several groups, or one in which K ends, or weights that are scaled before.
+  __device__ void multiply_groups(const uint8_t* stage, int begin, Sums& sums) {
     const int cells = cells_ - begin < kStepCells ? cells_ - begin : kStepCells;
     GroupRows rows{stage + layout_.scales, stage + layout_.zeros};
     int group = group_of_(begin);
@@ -224,11 +254,12 @@ class StreamWarp {
   const StageLayout& layout_;
   const int warp_, lane_;
   uint8_t* const ring_;
-  StripFetcher<kFormat, 32, Reuse::kNone> strip_;
-  TokenFetcher<kTokens, 32> tokens_;
+  Strip strip_;
+  Tokens tokens_;
   const GroupOfCell group_of_;
   const int cells_;
-  const bool scale_sums_;
+  const bool scale_sums_;  // codes are multiplied as they are
+  const bool one_group_;   // and a step lies in one group
   uint32_t zeros_[kLaneRows] = {};
 };
 
