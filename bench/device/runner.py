@@ -14,7 +14,8 @@ from device.store import Store
 __all__ = ["Outcome", "Work", "run_cells"]
 
 #: Does a cell in at most so many seconds; returns its result: "ok", or else it has to be done again;
-#: "unfinished" where the time ran out inside; "failures", "error" and "summary" for people.
+#: "unfinished" where the time ran out inside; "fatal" where the rest of the stage could not do
+#: better; "failures", "error" and "summary" for people.
 Work = Callable[[Cell, float], dict[str, Any]]
 
 
@@ -42,17 +43,17 @@ def run_cells(
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
     """Each cell once, in order, but those done before. One that would not fit in what is left of the budget is left out,
-    and smaller ones behind it may still fit. A stage needs the build: if that fails, the rest is left."""
+    and smaller ones behind it may still fit. Everything needs the build: if that fails, all the rest is left."""
     outcome = Outcome()
     begin = clock()
-    broken = False
+    broken: set[str] = set()  # stages
     for cell in cells:
         name = f"{cell.stage}: {cell.key}"
         if cell.stage != "build" and store.done(cell):
             outcome.before.append(name)
             continue
         remaining = budget - (clock() - begin)
-        if broken or remaining < cell.seconds:
+        if {"build", cell.stage} & broken or remaining < cell.seconds:
             outcome.left.append(name)
             continue
         started = clock()
@@ -68,7 +69,8 @@ def run_cells(
             outcome.passed.append(name)
         elif not result.get("unfinished") or result.get("failures"):
             outcome.failed.append(name)
-        broken = broken or (cell.stage == "build" and not result.get("ok"))
+        if result.get("fatal") or (cell.stage == "build" and not result.get("ok")):
+            broken.add(cell.stage)
         say(f"{name}: {_summary(result)}")
     return outcome
 

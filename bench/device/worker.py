@@ -11,6 +11,9 @@ from device.cells import Case
 
 __all__ = ["Worker"]
 
+#: For importing torch on a machine that has just started.
+_START_SECONDS = 120
+
 
 def _serve(connection: Connection, device: str) -> None:
     """Answers cases until there are no more; ends itself after an error that leaves CUDA unusable."""
@@ -20,6 +23,7 @@ def _serve(connection: Connection, device: str) -> None:
     from device.timing import CpuTimer, CudaTimer
 
     timer = CudaTimer() if device == "cuda" else CpuTimer()
+    connection.send("ready")
     while True:
         try:
             case, seconds = connection.recv()
@@ -32,8 +36,10 @@ def _serve(connection: Connection, device: str) -> None:
                 torch.cuda.empty_cache()
         except Exception as error:
             trace = traceback.format_exc(limit=-6)
-            connection.send({"ok": False, "error": f"{type(error).__name__}: {error}", "trace": trace})
-            if "CUDA" in str(error) and "out of memory" not in str(error):
+            # After an illegal access, say, every later call of this process would fail too.
+            last = "CUDA" in str(error) and "out of memory" not in str(error)
+            connection.send({"ok": False, "error": f"{type(error).__name__}: {error}", "trace": trace, "last": last})
+            if last:
                 return
         else:
             connection.send(result)
@@ -55,11 +61,18 @@ class Worker:
 
     def measure(self, case: Case, seconds: float, limit: float) -> dict[str, Any]:
         """Measures for `seconds`; given up after `limit`, making weights and compiling included."""
-        connection = self._start()
+        try:
+            connection = self._start()
+        except (EOFError, ConnectionError, TimeoutError):
+            self.stop()
+            return {"ok": False, "fatal": True, "error": "the process that measures does not start; see above"}
         connection.send((case, seconds))
         try:
             if connection.poll(limit):
-                return dict(connection.recv())
+                result = dict(connection.recv())
+                if result.pop("last", False):
+                    self.stop()
+                return result
             reason = f"gave up after {limit:.0f} s"
         except (EOFError, ConnectionError):
             assert self.process is not None
@@ -75,6 +88,9 @@ class Worker:
             self.process = context.Process(target=_serve, args=(theirs, self.device), daemon=True)
             self.process.start()
             theirs.close()
+            if not self.connection.poll(_START_SECONDS):
+                raise TimeoutError
+            self.connection.recv()
         return self.connection
 
     def stop(self) -> None:
