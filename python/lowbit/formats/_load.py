@@ -22,7 +22,7 @@ from lowbit.serialize import _parameters_on_meta
 __all__ = ["CheckpointReport", "LoadedLayer", "load_checkpoint"]
 
 # Tensors that models compute themselves and some checkpoints hold all the same.
-_COMPUTED: Final = ("rotary_emb.inv_freq", "attn.masked_bias")
+_COMPUTED: Final = ("rotary_emb.inv_freq", "attn.masked_bias", "rope_freqs.weight")
 
 
 @dataclasses.dataclass(frozen=True)

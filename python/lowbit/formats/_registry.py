@@ -10,7 +10,7 @@ from typing import Final
 
 from lowbit import _safetensors
 from lowbit.errors import ArtifactError
-from lowbit.formats import awq, compressed_tensors, fp8, gptq, modelopt
+from lowbit.formats import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, mlx, modelopt
 from lowbit.formats._format import Container, Format
 from lowbit.formats._record import Plan
 from lowbit.formats._settings import Settings, quantization_settings
@@ -24,8 +24,10 @@ FORMATS: Final[tuple[Format, ...]] = (
     compressed_tensors.FORMAT,
     fp8.FORMAT,
     modelopt.FORMAT,
+    bitsandbytes.FORMAT,
+    mlx.FORMAT,
 )
-CONTAINERS: Final[tuple[Container, ...]] = ()
+CONTAINERS: Final[tuple[Container, ...]] = (gguf.CONTAINER,)
 
 
 def choose(source: Source, settings: list[Settings]) -> tuple[Format, str]:
