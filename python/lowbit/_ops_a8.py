@@ -281,7 +281,8 @@ def gemm_a8_out(
     """`gemm_a8` into `out` [..., N], contiguous, of any of the three float dtypes; returns `out`.
 
     Args:
-        workspace: uint8 [at least _C.workspace_size("gemm_a8", M, N, K, desc)]; with it nothing is allocated.
+        workspace: uint8 [at least _C.workspace_size("gemm_a8", M, N, K, desc)]; with it nothing is allocated. As for
+            `gemm_out`, and the two may share one.
 
     Example:
         >>> gemm_a8_out(xq, x_scales, None, w, None, 64, 256, desc, 0, torch.empty(8, 64))

@@ -315,7 +315,9 @@ def gemm_out(
     """`gemm` into `out` [..., N], contiguous, of x's dtype; returns `out`. Allocates nothing if given a workspace.
 
     Args:
-        workspace: uint8 [at least _C.workspace_size("gemm", M, N, K, desc)], M the product of the leading dimensions.
+        workspace: uint8 [at least _C.workspace_size("gemm", M, N, K, desc)], M the product of the leading dimensions. On
+            CUDA it must have been filled with zeros once, when it was made; calls leave it ready for others of any shape
+            that follow on the same stream.
 
     Example:
         >>> gemm_out(x, w, None, 64, 256, desc, 0, torch.empty(8, 64))
