@@ -35,6 +35,7 @@ FOUND = {
     "refill_without_barrier": "orders",
     "source_changes": "source of a cp.async changed while it was in flight",
     "wait_for_too_few": "NaN",
+    "undrained_copy": "destination of a cp.async was written while it was in flight",
     "misaligned_copy": "source of a cp.async is not aligned to 16 bytes: it ends in 4",
     "misaligned_ldmatrix": "ldmatrix_x4: the row's address is not aligned to 16 bytes",
     "shared_copy": "a cp.async to byte 2048 of the 2048 bytes of shared memory",

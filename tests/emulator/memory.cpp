@@ -22,11 +22,21 @@ void read_source(uint8_t (&data)[16], const void* from, int bytes) {
   if (bytes > 0) std::memcpy(data, from, static_cast<size_t>(bytes));
 }
 
+bool is_poison(const uint8_t* bytes, uint8_t poison) {
+  for (int i = 0; i < 16; ++i) {
+    if (bytes[i] != poison) return false;
+  }
+  return true;
+}
+
 void land(const Copy& copy) {
   uint8_t now[16];
   read_source(now, copy.from, copy.bytes);
   if (std::memcmp(now, copy.data, sizeof now) != 0) {
     fail_here("the source of a cp.async changed while it was in flight", copy.at);
+  }
+  if (!is_poison(copy.to, this_thread().block->settings.poison)) {
+    fail_here("the destination of a cp.async was written while it was in flight", copy.at);
   }
   std::memcpy(copy.to, copy.data, sizeof copy.data);
 }
@@ -38,9 +48,9 @@ bool is_shared(const void* pointer, int64_t bytes) {
   return offset >= 0 && offset + bytes <= current->shared_bytes;
 }
 
-// Hardware copies at any moment between the issue and the wait. So the 16 bytes hold poison in between, which shows both a
-// reader that did not wait and one that has not finished with what the stage held before; and the source is read at both
-// ends (at the issue, so that a sanitizer names the faulty line) and must not have changed.
+// Hardware copies at any moment between the issue and the wait. So the 16 bytes hold poison in between, which shows a reader
+// that did not wait, one that has not finished with what the stage held before, and who writes there; and the source is read
+// at both ends (at the issue, so that a sanitizer names the faulty line) and must not have changed.
 void copy_16(void* to, const void* from, int bytes, Site at) {
   Thread& thread = this_thread();
   check_aligned(to, "the destination of a cp.async", at);
@@ -70,6 +80,13 @@ void copy_wait(int pending) {
     land(thread.copies[landed++]);
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<int64_t>(landed));
+}
+
+// Copies that nobody waited for may land as late as this.
+void end_copies() {
+  Thread& thread = this_thread();
+  for (const Copy& copy : thread.copies) land(copy);
+  thread.copies.clear();
 }
 
 }  // namespace lowbit::emulator

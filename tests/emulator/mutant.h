@@ -7,8 +7,8 @@
 namespace lowbit::emulator {
 
 inline constexpr int kMaxMutants = 4096;
-extern int active_mutant;                        // -1: none
-extern uint8_t mutants_reached[kMaxMutants];     // which places in the source were executed
+extern int active_mutant;                     // -1: none
+extern uint8_t mutants_reached[kMaxMutants];  // which places in the source were executed
 
 // Whether the barrier, wait, commit or fence at this place is left out, or the predicate taken for true.
 inline bool mutant(int place) {

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from . import build
 
@@ -122,11 +123,10 @@ def write_copy() -> list[Mutant]:
 # ---- one process that runs mutants -------------------------------------------------------------------------------------
 
 
-def run_cases(names: list[str], is_sanitized: bool) -> str:
+def run_cases(emulator: Any, names: list[str], is_sanitized: bool) -> str:
     """ "" when all went well."""
     from . import short_list  # needs torch, and LD_PRELOAD where sanitized
 
-    emulator = short_list.emulator()
     for case in short_list.CASES:
         if case.name not in names:
             continue
@@ -174,7 +174,7 @@ def serve(library: str, is_sanitized: bool, mutants: list[int], cover: list[int]
 
     def coverage(name: str) -> str:
         library_c.lowbit_emulator_set_mutant(-1)
-        error = run_cases([name], is_sanitized)
+        error = run_cases(emulator, [name], is_sanitized)
         reached = [m for m in cover or [] if library_c.lowbit_emulator_reached(m)]
         return json.dumps({"case": name, "error": error, "reached": reached})
 
@@ -190,7 +190,7 @@ def serve(library: str, is_sanitized: bool, mutants: list[int], cover: list[int]
 
     def verdict(mutant: int, names: list[str]) -> str:
         library_c.lowbit_emulator_set_mutant(mutant)
-        return run_cases(names, is_sanitized)
+        return run_cases(emulator, names, is_sanitized)
 
     given = json.loads(sys.stdin.read())
     for mutant in mutants:

@@ -128,6 +128,7 @@ void thread_main() {
     Thread& thread = this_thread();
     const Call& call = *thread.block->call;
     call.run(call.kernel, call.arguments);
+    end_copies();
     thread.state = State::kEnded;
     ++thread.warp->ended;
     yield(thread);

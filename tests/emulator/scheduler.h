@@ -110,6 +110,9 @@ void meet_block(Site at);
 // Whether `bytes` bytes lie in the running block's shared memory.
 bool is_shared(const void* pointer, int64_t bytes);
 
+// What a thread's end does to its copies in flight.
+void end_copies();
+
 std::string describe(const Thread& thread);
 std::string describe(Site at);
 

@@ -141,6 +141,17 @@ __global__ void pending_kernel(const Params p) {
   p.out[thread] = reinterpret_cast<const float*>(shared)[8 * thread];
 }
 
+// A stage becomes something else's while a copy that nobody reads is on its way to it.
+__global__ void undrained_kernel(const Params p) {
+  uint8_t* shared = dynamic_shared() + 16 * threadIdx.x;
+  ptx::cp_async_16(shared, p.in + 4 * threadIdx.x, 16);
+  ptx::cp_async_commit();
+  if (!p.wrong) ptx::cp_async_wait<0>();
+  auto* number = reinterpret_cast<float*>(shared);
+  *number = p.in[threadIdx.x];
+  p.out[threadIdx.x] = *number;
+}
+
 __global__ void misaligned_copy_kernel(const Params p) {
   const int thread = static_cast<int>(threadIdx.x);
   ptx::cp_async_16(dynamic_shared() + 16 * thread, p.in + 4 * thread + (p.wrong ? 1 : 0), 16);
@@ -334,6 +345,7 @@ const std::vector<Planted> kPlanted = {
     {"source_changes", run_copy<Skip::kStable>},
     {"wait_for_too_few",
      run_either<pending_kernel<1>, pending_kernel<2>, 8 * kThreads, 32 * kThreads>},
+    {"undrained_copy", run<undrained_kernel, 1, 4 * kThreads, kThreads, 16 * kThreads>},
     {"misaligned_copy", run<misaligned_copy_kernel, 1, 4 * kThreads + 4, kThreads, 16 * kThreads>},
     {"misaligned_vector", run<misaligned_vector_kernel, 1, 4 * kThreads + 4, kThreads, 0>},
     {"misaligned_ldmatrix", run<misaligned_ldmatrix_kernel, 1, kThreads, kThreads, 16 * kThreads>},
