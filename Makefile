@@ -8,7 +8,7 @@ VENV   ?= .venv
 # A fixed version, because a bare "torch" may fetch gigabytes of CUDA libraries. Anything from 2.11 on will do:
 #   make test TORCH='torch>=2.11,<3'
 TORCH  ?= torch==2.13.0
-# The CUDA library: off; all (every architecture: minutes); native (the GPUs in this machine); a list such as '80;90a'.
+# The CUDA library: off; all (every architecture: minutes); native (the GPUs in this machine); a list such as 80,90a.
 # auto: as lowbit was built last, or native where there are both nvcc and a GPU, else off, so that the commands above
 # stay quick.
 CUDA   ?= auto
@@ -26,7 +26,7 @@ ifeq ($(CUDA),auto)
     override CUDA := $(shell nvcc --version >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q ^GPU && echo native || echo off)
   endif
 endif
-DEFINES := $(if $(filter off,$(CUDA)),-Ccmake.define.LOWBIT_CUDA=OFF,-Ccmake.define.LOWBIT_CUDA=ON '-Ccmake.define.LOWBIT_CUDA_ARCHS=$(CUDA)')
+DEFINES := $(if $(filter off,$(CUDA)),-Ccmake.define.LOWBIT_CUDA=OFF,-Ccmake.define.LOWBIT_CUDA=ON -Ccmake.define.LOWBIT_CUDA_ARCHS=$(CUDA))
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help

@@ -14,7 +14,7 @@ set_property(CACHE LOWBIT_CUDA PROPERTY STRINGS AUTO ON OFF)
 # time for devices without any of their own. `native` stands for the devices in this machine, `all` for
 #   80  A100       86  RTX 30, A40       89  RTX 40, L40S       90a  H100, H200, with wgmma       120f  RTX 50, GB10
 #   80-ptx, 90-ptx  everything else from 8.0 and, with fp8 matrix instructions, from 9.0 on: B200, Thor, what comes next
-set(LOWBIT_CUDA_ARCHS all CACHE STRING "Device code in the CUDA library: all, native, or a list such as 80;90a;90-ptx")
+set(LOWBIT_CUDA_ARCHS all CACHE STRING "Device code in the CUDA library: all, native, or a list such as 80,90a,90-ptx")
 set(LOWBIT_CUDA_ALL_ARCHS 80 86 89 90a 120f 80-ptx 90-ptx)
 
 # The first nvcc that knows sm_120.
@@ -255,7 +255,7 @@ function(lowbit_find_cuda)
   endif()
   _lowbit_look_for_cuda()
   if(NOT reason)
-    set(archs "${LOWBIT_CUDA_ARCHS}")
+    string(REGEX REPLACE "[, ]+" ";" archs "${LOWBIT_CUDA_ARCHS}")  # pip's front end cuts its own lists at semicolons
     if(archs STREQUAL "all")
       set(archs ${LOWBIT_CUDA_ALL_ARCHS})
     elseif(archs STREQUAL "native")

@@ -304,8 +304,8 @@ def test_build_quotes_an_nvcc_that_fails(tmp_path):
     ("release", "archs", "flags"),
     [
         ("13.0", "all", "80=sm_80,sm_86,compute_80 89=sm_89 90a=sm_90a 120f=sm_120f 90=compute_90"),
-        ("12.8", "120f;90a", "120=sm_120 90a=sm_90a"),  # families of architectures came with 12.9
-        ("13.0", "86", "86=sm_86"),
+        ("12.8", "120f,90a", "120=sm_120 90a=sm_90a"),  # families of architectures came with 12.9
+        ("13.0", "86;90-ptx", "86=sm_86 90=compute_90"),
     ],
 )
 def test_build_turns_architectures_into_flags(tmp_path, release, archs, flags):
@@ -316,12 +316,12 @@ def test_build_turns_architectures_into_flags(tmp_path, release, archs, flags):
     assert found == [f"-gencode=arch=compute_{arch},code=[{code}]" for arch, code in expected]
 
 
-@pytest.mark.parametrize("archs", ["sm_90", "90;banana"])
+@pytest.mark.parametrize("archs", ["sm_90", "90,banana"])
 def test_build_names_a_wrong_architecture(tmp_path, archs):
     nvcc = fake_nvcc(tmp_path, "13.0")
     status, output = configure(tmp_path, "-DLOWBIT_CUDA=AUTO", f"-DLOWBIT_CUDA_ARCHS={archs}", CUDACXX=str(nvcc))
     assert status != 0
-    assert f"LOWBIT_CUDA_ARCHS: '{archs.split(';')[-1]}' is neither all, native, nor like 90, 90a" in output
+    assert f"LOWBIT_CUDA_ARCHS: '{archs.split(',')[-1]}' is neither all, native, nor like 90, 90a" in output
 
 
 # ---- from the source distribution to an installed wheel --------------------------------------------------------------
