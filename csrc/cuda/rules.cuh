@@ -7,10 +7,12 @@
 #include "cuda/device.cuh"
 
 #define LOWBIT_HD __host__ __device__
-#if defined(LOWBIT_EMULATOR)
-#define LOWBIT_UNROLL _Pragma("GCC unroll 16")
-#else
+#if defined(__CUDA_ARCH__)
 #define LOWBIT_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define LOWBIT_UNROLL  // nvcc's pass for the host, which never runs them
+#else
+#define LOWBIT_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace lowbit::cuda::rules {

@@ -199,7 +199,7 @@ __device__ void load_nf4(const DequantizeParams& p, float* nf4) {
 }
 
 template <Format kFormat>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeParams p) {
+__global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(const DequantizeParams p) {
   float* nf4 = reinterpret_cast<float*>(dynamic_shared());
   if constexpr (kFormat == Format::kNf4) load_nf4(p, nf4);
   // One long division per block; within it, offsets are small.
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
 // With perm: a block per row, and column j goes to perm[j]. The row is put together in shared memory where it fits, and
 // leaves in order; scattered stores of 2 bytes would each move a sector of 32.
 template <Format kFormat>
-__global__ void __launch_bounds__(kThreads) dequantize_permuted_kernel(const DequantizeParams p) {
+__global__ void __launch_bounds__(kThreads, 4) dequantize_permuted_kernel(const DequantizeParams p) {
   float* nf4 = reinterpret_cast<float*>(dynamic_shared());
   if constexpr (kFormat == Format::kNf4) load_nf4(p, nf4);
   uint8_t* stage = dynamic_shared() + 64;

@@ -23,9 +23,9 @@ struct Nf4 {
   __device__ static Encoder make(const QuantizeLaunch& p) { return Encoder(p.table); }
 };
 
-template <class Source, bool kInRegisters>
-__global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(const QuantizeLaunch p) {
-  quantize_group<kInRegisters>(p, Source::make(p));
+template <class Source>
+__global__ void __launch_bounds__(kQuantizeThreads, 3) quantize_kernel(const QuantizeLaunch p) {
+  quantize_group(p, Source::make(p));
 }
 
 // From this length on a group is a block's: its teams then share the search, and the codes.
@@ -41,12 +41,8 @@ void start(QuantizeLaunch p, Stream stream) {
   const int64_t blocks = p.shared_groups ? p.groups : ceil_div(p.groups, kTeams);
   LOWBIT_CHECK(blocks < (int64_t{1} << 31), "quantize: N=", c.N, " K=", c.K, " has ", p.groups,
                " groups, too many for one launch");
-  const Grid grid{static_cast<uint32_t>(blocks), 1, 1};
-  if (length <= kTeam * kKept) {
-    launch("quantize", quantize_kernel<Source, true>, grid, kQuantizeThreads, kQuantizeShared, stream, p);
-  } else {
-    launch("quantize_long", quantize_kernel<Source, false>, grid, kQuantizeThreads, kQuantizeShared, stream, p);
-  }
+  launch("quantize", quantize_kernel<Source>, Grid{static_cast<uint32_t>(blocks), 1, 1}, kQuantizeThreads,
+         kQuantizeShared, stream, p);
 }
 
 void start_integers(const QuantizeLaunch& p, Stream stream) {
@@ -55,10 +51,14 @@ void start_integers(const QuantizeLaunch& p, Stream stream) {
       return start<Integers<ZeroKind::kNone>>(p, stream);
     case ZeroKind::kInt:
       return start<Integers<ZeroKind::kInt>>(p, stream);
-    case ZeroKind::kFloat:
-      return start<Integers<ZeroKind::kFloat>>(p, stream);
     case ZeroKind::kOffset:
       return start<Integers<ZeroKind::kOffset>>(p, stream);
+#if !defined(LOWBIT_EMULATOR_ONE_FORMAT)
+    case ZeroKind::kFloat:
+      return start<Integers<ZeroKind::kFloat>>(p, stream);
+#endif
+    default:
+      fail("quantize: no kernel for zero_kind=", static_cast<int>(p.q.shape.zero_kind), " in this build");
   }
 }
 
@@ -71,12 +71,14 @@ void launch_quantize(const QuantizeParams& q, Stream stream) {
   switch (q.shape.format) {
     case Format::kFp8E4m3:
       return start<Floats<4, 3>>(p, stream);
+#if !defined(LOWBIT_EMULATOR_ONE_FORMAT)
     case Format::kFp8E5m2:
       return start<Floats<5, 2>>(p, stream);
     case Format::kFp4E2m1:
       return start<Floats<2, 1>>(p, stream);
     case Format::kNf4:
       return start<Nf4>(p, stream);
+#endif
     default:
       start_integers(p, stream);
   }

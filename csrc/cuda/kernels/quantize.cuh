@@ -26,7 +26,6 @@ namespace lowbit::cuda {
 inline constexpr int kTeam = 16;   // lanes; the sums' order is that of the CPU's 16 lanes
 inline constexpr int kTeams = 8;   // per block
 inline constexpr int kQuantizeThreads = kTeam * kTeams;
-inline constexpr int kKept = 8;    // elements per lane in registers: groups of up to 128
 inline constexpr int kChunk = 128; // codes that a team stages before it packs them
 
 struct QuantizeLaunch {
@@ -57,37 +56,17 @@ struct Group {
   __device__ float at(int32_t i) const { return value(i / width, i % width); }
 };
 
-// A lane's elements. `Body(x, column)` is called for each in order.
-template <bool kInRegisters>
-struct Elements {
-  float kept[kInRegisters ? kKept : 1] = {};
-
-  __device__ void load(const Group& group, int lane) {
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int s = 0; s < kKept; ++s) {
-        const int32_t i = s * kTeam + lane;
-        kept[s] = inside(i, group.count) ? group.at(i) : 0.0f;
-      }
-    }
+// body(x, column) for each of a lane's elements, in order. They are loaded again for every candidate, from L1: a tenth of
+// what a candidate costs, and keeping them in registers would be a second kernel for short groups.
+template <class Body>
+__device__ void for_lane(const Group& group, int lane, const Body& body) {
+  int32_t row = lane / group.width, column = lane % group.width;
+  for (int32_t i = lane; inside(i, group.count); i += kTeam) {
+    body(group.value(row, column), column);
+    column += kTeam;
+    while (column >= group.width) column -= group.width, ++row;
   }
-  template <class Body>
-  __device__ void for_each(const Group& group, int lane, const Body& body) const {
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int s = 0; s < kKept; ++s) {
-        if (inside(s * kTeam + lane, group.count)) body(kept[s], s * kTeam + lane);
-      }
-    } else {
-      int32_t row = lane / group.width, column = lane % group.width;
-      for (int32_t i = lane; inside(i, group.count); i += kTeam) {
-        body(group.value(row, column), column);
-        column += kTeam;
-        while (column >= group.width) column -= group.width, ++row;
-      }
-    }
-  }
-};
+}
 
 // ---- collectives of a team ---------------------------------------------------------------------------------------------
 
@@ -105,12 +84,11 @@ __device__ inline bool team_any(bool value) {
 }
 
 // As range_of of the CPU, down to which of two zeros is the least: every lane starts from the first element.
-template <class Values>
-__device__ rules::Range range_of(const Group& group, const Values& values, int lane) {
+__device__ inline rules::Range range_of(const Group& group, int lane) {
   float low = 0.0f, high = 0.0f;
   if (inside(0, group.count)) low = high = group.at(0);
   bool nan = false;
-  values.for_each(group, lane, [&](float v, int32_t) {
+  for_lane(group, lane, [&](float v, int32_t) {
     low = v < low ? v : low;
     high = v > high ? v : high;
     nan |= rules::is_nan(v);
@@ -126,23 +104,23 @@ __device__ rules::Range range_of(const Group& group, const Values& values, int l
   return r;
 }
 
-template <class Values, class Encoder>
-__device__ double squared_error(const Group& group, const Values& values, int lane, const Encoder& e) {
+template <class Encoder>
+__device__ double squared_error(const Group& group, int lane, const Encoder& e) {
   double sum = 0;
   if (group.importance == nullptr) {
-    values.for_each(group, lane, [&](float x, int32_t) { sum += rules::error_term(x, e.value(x)); });
+    for_lane(group, lane, [&](float x, int32_t) { sum += rules::error_term(x, e.value(x)); });
   } else {
-    values.for_each(group, lane, [&](float x, int32_t column) {
+    for_lane(group, lane, [&](float x, int32_t column) {
       sum += static_cast<double>(group.importance[column]) * rules::error_term(x, e.value(x));
     });
   }
   return team_total(sum);
 }
 
-template <class Values, class Encoder>
-__device__ rules::Affine refit(const Group& group, const Values& values, int lane, const Encoder& e) {
+template <class Encoder>
+__device__ rules::Affine refit(const Group& group, int lane, const Encoder& e) {
   rules::Moments s{};
-  values.for_each(group, lane, [&](float v, int32_t column) {
+  for_lane(group, lane, [&](float v, int32_t column) {
     const double x = v, level = e.level(v);
     const double weight = group.importance == nullptr ? 1.0 : static_cast<double>(group.importance[column]);
     s.w += weight;
@@ -171,11 +149,11 @@ __device__ inline Found block_best(const Found& mine, Found* found) {
 }
 
 // Whether the team has a group to search at all (`active`) may differ between the two teams of a warp.
-template <class Values, class Encoder>
-__device__ void search_scale(const QuantizeLaunch& p, const Group& group, const Values& values, int lane,
+template <class Encoder>
+__device__ void search_scale(const QuantizeLaunch& p, const Group& group, int lane,
                              const rules::Range& range, bool active, Found* found, Encoder& e) {
   constexpr ZeroKind kKind = Encoder::kZeros;
-  Found best{squared_error(group, values, lane, e), rules::kSearchSteps};
+  Found best{squared_error(group, lane, e), rules::kSearchSteps};
   Encoder candidate = e;
   active = active && best.error > 0;
   const int first = p.shared_groups ? static_cast<int>(threadIdx.x) / kTeam : 0;
@@ -183,7 +161,7 @@ __device__ void search_scale(const QuantizeLaunch& p, const Group& group, const 
   for (int i = first; i < rules::kSearchSteps; i += step) {
     if (!ptx::any_lane(active && best.error > 0)) break;
     candidate.p = rules::affine_of<kKind>(p.grid, range, rules::search_factor<kKind>(p.grid, range, i));
-    const double error = squared_error(group, values, lane, candidate);
+    const double error = squared_error(group, lane, candidate);
     if (active && rules::usable_scale(candidate.p.scale) && error < best.error) best = {error, i};
   }
   if (p.shared_groups) best = block_best(best, found);
@@ -192,8 +170,8 @@ __device__ void search_scale(const QuantizeLaunch& p, const Group& group, const 
   for (int i = 0; i < rules::kSearchRefits; ++i) {
     active = active && best.error > 0;
     if (!ptx::any_lane(active)) break;
-    candidate.p = rules::round_to_storage<kKind>(refit(group, values, lane, e), p.grid.scale_dtype);
-    const double error = squared_error(group, values, lane, candidate);
+    candidate.p = rules::round_to_storage<kKind>(refit(group, lane, e), p.grid.scale_dtype);
+    const double error = squared_error(group, lane, candidate);
     active = active && rules::usable_scale(candidate.p.scale) && error < best.error;
     if (active) best.error = error, e.p = candidate.p;
   }
@@ -244,7 +222,7 @@ __device__ inline Group group_of(const QuantizeLaunch& p, int64_t n, int64_t k0)
           p.q.type};
 }
 
-template <bool kInRegisters, class Encoder>
+template <class Encoder>
 __device__ void quantize_group(const QuantizeLaunch& p, Encoder e) {
   constexpr ZeroKind kKind = Encoder::kZeros;
   const CanonicalParams& c = p.q.shape;
@@ -256,15 +234,13 @@ __device__ void quantize_group(const QuantizeLaunch& p, Encoder e) {
   Group group = group_of(p, n, k0);
   if (!exists) group.count = 0;
 
-  Elements<kInRegisters> values;
-  values.load(group, lane);
-  const rules::Range range = range_of(group, values, lane);
+  const rules::Range range = range_of(group, lane);
   e.p = rules::affine_of<kKind>(p.grid, range, 1.0f);
   const bool search = exists && rules::searchable(range, e.p);
   if (range.has_nan) e.p = rules::with_nan<kKind>(e.p);
   uint8_t* stage = dynamic_shared() + kTeams * sizeof(Found) + team * kChunk;
   if (p.q.search)
-    search_scale(p, group, values, lane, range, search, reinterpret_cast<Found*>(dynamic_shared()), e);
+    search_scale(p, group, lane, range, search, reinterpret_cast<Found*>(dynamic_shared()), e);
 
   const int rank = p.shared_groups ? team : 0, teams = p.shared_groups ? kTeams : 1;
   uint8_t* packed = p.q.to.packed + n * c.row_bytes + k0 / 8 * c.bits;

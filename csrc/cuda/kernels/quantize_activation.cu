@@ -325,8 +325,11 @@ void launch_quantize_activation(const QuantizeActivationParams& q, Stream stream
   // A lone group spans its row; others start at multiples of eight elements.
   p.vector_loads = is_aligned(q.x, q.stride * size, 16);
   p.vector_stores = is_aligned(q.xq, q.K, 8);
+#if !defined(LOWBIT_EMULATOR_ONE_FORMAT)
   if (q.type == Element::kFloat32) return start<Element::kFloat32>(p, stream);
   if (q.type == Element::kFloat16) return start<Element::kFloat16>(p, stream);
+#endif
+  LOWBIT_CHECK(q.type == Element::kBFloat16, "quantize_activation: no kernel for this dtype in this build");
   start<Element::kBFloat16>(p, stream);
 }
 
