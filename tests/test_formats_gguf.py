@@ -81,14 +81,18 @@ def test_any_bytes_decode_to_the_bit_or_are_refused(name: str, data: st.DataObje
             assert signed or exponent or not np.isfinite(want).all()
 
 
-def test_sizes_are_those_of_the_table() -> None:
+def test_sizes_are_those_of_the_tables() -> None:
+    """The one in the module and the one in the docs."""
     from lowbit.formats import _gguf_blocks
 
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    lines = (_gguf_blocks.__doc__ or "").splitlines() + page.replace("|", " ").splitlines()
     for block in _gguf_blocks.QUANTIZED.values():
-        (line,) = [line for line in (_gguf_blocks.__doc__ or "").splitlines() if line.split()[:1] == [block.name]]
-        stored, canonical = (float(part) for part in line.split()[-2:])
-        assert stored == 8 * block.nbytes / block.block
-        assert canonical == block.scheme.bits_per_weight(1024, 1024)
+        rows = [line.split() for line in lines if line.split()[:1] == [block.name]]
+        assert len(rows) == 2 and f"`{block.scheme}`" in rows[1]
+        for row in rows:
+            assert float(row[-2]) == 8 * block.nbytes / block.block
+            assert float(row[-1]) == block.scheme.bits_per_weight(1024, 1024)
 
 
 def test_plain_types(tmp_path: Path) -> None:

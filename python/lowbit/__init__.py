@@ -22,7 +22,7 @@ from lowbit._locations import cmake_dir, library_paths
 from lowbit._selection import can_implement, explain
 from lowbit.convert import quantize_
 from lowbit.errors import ArtifactError, FormatError
-from lowbit.formats import load_checkpoint
+from lowbit.formats import load_checkpoint, load_gguf
 from lowbit.linear import QuantizedLinear
 from lowbit.scheme import Scheme
 from lowbit.serialize import load_quantized, save_quantized
@@ -41,6 +41,7 @@ __all__ = [
     "formats",
     "library_paths",
     "load_checkpoint",
+    "load_gguf",
     "load_quantized",
     "ops",
     "quantize_",

@@ -20,6 +20,7 @@ from lowbit.formats._format import Container, Format
 from lowbit.formats._load import CheckpointReport, LoadedLayer, load_checkpoint
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, PlannedTensor
 from lowbit.formats._registry import CONTAINERS, FORMATS, open_plan
+from lowbit.formats.gguf import GGUFModel, load_gguf
 
 __all__ = [
     "CONTAINERS",
@@ -28,6 +29,7 @@ __all__ = [
     "Container",
     "Detection",
     "Format",
+    "GGUFModel",
     "LinearRecord",
     "LoadedLayer",
     "Plan",
@@ -35,6 +37,7 @@ __all__ = [
     "PlannedTensor",
     "detect",
     "load_checkpoint",
+    "load_gguf",
     "plan",
     "read",
 ]
