@@ -14,10 +14,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["clear_tail", "pack_codes", "permute_codes", "row_bytes", "unpack_codes"]
+__all__ = ["byte_rows", "clear_tail", "pack_codes", "permute_codes", "row_bytes", "unpack_codes"]
 
 # Codes worked on at a time: enough for torch to be fast, little beside a weight.
 _CHUNK: Final = 1 << 24
+
+
+def byte_rows(words: Tensor) -> Tensor:
+    """Rows of words [R, C] as the bytes they are in a file: uint8 [R, C * itemsize]."""
+    # A transposed tensor with a dimension of 1 calls itself contiguous and still cannot be viewed as bytes.
+    if not words.is_contiguous() or words.stride(-1) != 1:
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
 
 
 def row_bytes(count: int, bits: int) -> int:

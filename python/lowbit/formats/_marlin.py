@@ -16,7 +16,7 @@ import functools
 import torch
 from torch import Tensor
 
-from lowbit.formats._bits import pack_codes, unpack_codes
+from lowbit.formats._bits import byte_rows, pack_codes, unpack_codes
 
 __all__ = ["marlin_codes", "marlin_scales"]
 
@@ -46,7 +46,7 @@ def _scale_order(single: bool) -> Tensor:
 def marlin_codes(words: Tensor) -> Tensor:
     """packed uint8 [N, K/2] from int32 [K/16, 2N]; N a multiple of 64."""
     tiles, N = words.shape[0], words.shape[1] // 2
-    codes = unpack_codes(words.contiguous().view(torch.uint8), 4, _TILE * N).view(-1, 1024)
+    codes = unpack_codes(byte_rows(words), 4, _TILE * N).view(-1, 1024)
     plain = torch.empty_like(codes)
     plain[:, _order()] = codes
     # [K tile, N tile, row, column] -> [N, K]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ArtifactError
-from lowbit.formats._bits import pack_codes, unpack_codes
+from lowbit.formats._bits import byte_rows, pack_codes, unpack_codes
 from lowbit.formats._codes import group_about, integer_weight
 from lowbit.formats._format import Format
 from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules
@@ -35,6 +35,8 @@ _LEAVES: Final = ("qweight", "qzeros", "scales", "bias")
 _KEYS: Final = ("bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "quant_method")
 _VERSIONS: Final = ("gemm", "gemv", "gemv_fast", "marlin")
 _SCALES: Final = tuple(SCALE_DTYPES)
+# Codes unpacked at a time.
+_CHUNK: Final = 1 << 24
 # Nibble of a word that holds column 8c + j.
 _NIBBLE: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -139,7 +141,7 @@ def _read_gemm(module: Module, shape: tuple[int, int], group_size: int) -> Linea
     N, K = shape
     words = module.read("qweight")
     packed = torch.empty(N, (K + 1) // 2, dtype=torch.uint8)
-    step = max(8, (1 << 24) // K // 8 * 8)  # some columns at a time, so that there is never a byte for every code
+    step = max(8, _CHUNK // K // 8 * 8)  # some columns at a time, so that there is never a byte for every code
     for begin in range(0, N, step):
         part = words[:, begin // 8 : min(begin + step, N) // 8]
         packed[begin : begin + step] = pack_codes(_columns(part).t(), 4)
@@ -151,7 +153,7 @@ def _read_gemm(module: Module, shape: tuple[int, int], group_size: int) -> Linea
 def _columns(words: Tensor) -> Tensor:
     """Codes uint8 [R, 8C] in natural order from int32 [R, C] with interleaved nibbles."""
     rows, count = words.shape
-    codes = unpack_codes(words.contiguous().view(torch.uint8), 4, 8 * count).view(rows, count, 8)
+    codes = unpack_codes(byte_rows(words), 4, 8 * count).view(rows, count, 8)
     return codes[:, :, list(_NIBBLE)].view(rows, 8 * count)
 
 
@@ -178,8 +180,8 @@ def _plan_gemv(module: Module, group_size: int) -> PlannedLinear:
     module.check_bias(N)
 
     def read() -> LinearRecord:
-        packed = module.read("qweight").view(torch.uint8)
-        zeros = unpack_codes(module.read("qzeros").view(torch.uint8), 4, G)
+        packed = byte_rows(module.read("qweight"))
+        zeros = unpack_codes(byte_rows(module.read("qzeros")), 4, G)
         weight = integer_weight(4, (N, K), group, packed, module.read("scales")[:, :G], zeros)
         return LinearRecord(weight, module.bias())
 
@@ -231,7 +233,7 @@ def _fast_codes(words: Tensor) -> Tensor:
     each, four consecutive codes of the same row in one word.
     """
     quads, K = words.shape
-    codes = unpack_codes(words.view(torch.uint8), 4, 4 * K)
+    codes = unpack_codes(byte_rows(words), 4, 4 * K)
     rows = codes.view(quads, K // 64, 4, 2, 32)  # [quad, piece, row of W, half, place]
     plain = torch.empty_like(rows)
     plain[..., _fast_order()] = rows

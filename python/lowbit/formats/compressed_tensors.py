@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ArtifactError
-from lowbit.formats._bits import clear_tail, pack_codes, permute_codes, row_bytes, unpack_codes
+from lowbit.formats._bits import byte_rows, clear_tail, pack_codes, permute_codes, row_bytes, unpack_codes
 from lowbit.formats._codes import integer_weight, sort_by_group
 from lowbit.formats._ct_config import Group, Targets, read_config
 from lowbit.formats._float8 import FP8, check_float8, read_float8
@@ -253,10 +253,10 @@ def _is_dense(module: Module, words: int, K: int, bits: int, version: str) -> bo
 def _rows(words: Tensor, bits: int, count: int, dense: bool) -> Tensor:
     """uint8 [R, ceil(count*bits/8)], stream(bits), from int32 [R, W]."""
     if dense:
-        return clear_tail(words.contiguous().view(torch.uint8)[:, : row_bytes(count, bits)].contiguous(), bits, count)
+        return clear_tail(byte_rows(words)[:, : row_bytes(count, bits)].contiguous(), bits, count)
     rows, width = words.shape
     per = 32 // bits
-    wide = words.contiguous().view(rows * width, 1).view(torch.uint8)
+    wide = byte_rows(words.reshape(rows * width, 1))
     return pack_codes(unpack_codes(wide, bits, per).view(rows, width * per)[:, :count], bits)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowbit._safetensors import TensorInfo
 from lowbit.errors import ArtifactError
-from lowbit.formats._bits import permute_codes, row_bytes, unpack_codes
+from lowbit.formats._bits import byte_rows, permute_codes, row_bytes, unpack_codes
 from lowbit.formats._codes import group_about, integer_weight, sort_by_group
 from lowbit.formats._format import Format
 from lowbit.formats._marlin import marlin_codes, marlin_scales
@@ -184,13 +184,13 @@ def _read_layer(
     module: Module, shape: tuple[int, int], bits: int, group_size: int, version: str, sym: bool
 ) -> LinearRecord:
     N, K = shape
-    packed = module.read("qweight").t().contiguous().view(torch.uint8)  # [N, K*b/8]: the bytes of the bit stream
+    packed = byte_rows(module.read("qweight").t())  # [N, K*b/8]: the bytes of the bit stream
     packed = packed[:, : row_bytes(K, bits)].contiguous()
     perm = _perm(module, group_size)
     if perm is not None:
         packed = permute_codes(packed, bits, perm)
         perm = perm.int()
-    zeros = unpack_codes(module.read("qzeros").view(torch.uint8), bits, N).t()
+    zeros = unpack_codes(byte_rows(module.read("qzeros")), bits, N).t()
     if version == "gptq":
         zeros = (zeros + 1) & ((1 << bits) - 1)
         if sym and bool((zeros == (1 << (bits - 1)) + 1).all()):
