@@ -1,5 +1,5 @@
 // Which instantiations exist: all formats and both 16-bit types, or, for builds of the emulator that repeat every test
-// under a sanitizer or a mutation, a one-plane and a two-plane format in bf16.
+// under a sanitizer or a mutation, a format of one plane, of two and of bytes (which may have 128x128 blocks) in bf16.
 #pragma once
 
 #include "common/enums.h"
@@ -9,7 +9,7 @@
 #if defined(LOWBIT_EMULATOR_ONE_FORMAT)
 #define LOWBIT_FOR_INT34(X) X(Format::kInt3) X(Format::kInt4)
 #define LOWBIT_FOR_INT256(X)
-#define LOWBIT_FOR_BYTES(X)
+#define LOWBIT_FOR_BYTES(X) X(Format::kFp8E4m3)
 #define LOWBIT_FOR_FP4_NF4(X)
 #else
 #define LOWBIT_FOR_INT34(X) X(Format::kInt3) X(Format::kInt4)

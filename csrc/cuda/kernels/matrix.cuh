@@ -220,7 +220,12 @@ class MatrixWarp {
       load_tokens(stage + layout_.x, in_step, b);
       Words words;
       load_cell<kFormat, kStepCells>(strip_codes, in_step, lane_, words);
-      multiply_cell(words, rows, b, sums);
+      // One branch for all of the cell: the instructions that decode a fragment then hide among the last one's mma.
+      if (scaling_ == Scaling16::kPairs) {
+        multiply_cell<Scaling16::kPairs>(words, rows, b, sums);
+      } else {
+        multiply_cell<Scaling16::kFloats>(words, rows, b, sums);
+      }
     }
   }
 
@@ -248,13 +253,14 @@ class MatrixWarp {
     }
   }
 
+  template <Scaling16 kScaling>
   __device__ void multiply_cell(const Words& words, const GroupRows& rows,
                                 const uint32_t (&b)[kBlocks8][2], Sums& sums) const {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
       uint32_t a[4];
       Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
-      if (scaling_ == Scaling16::kPairs) {
+      if constexpr (kScaling == Scaling16::kPairs) {
         scale_pairs<kFormat, T>(words, i, scales_, a);
       } else {
         scale_floats<kFormat, T>(p_.w, words, i, rows, lane_ / 4, a);

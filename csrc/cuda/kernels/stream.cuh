@@ -178,9 +178,10 @@ class StreamWarp {
         load_zeros<kFormat, T>(p_.w, rows.zeros, lane_ / 4, zeros_);
       Sums part;
       clear(part);
-      constexpr int at_once = kBlocks8 == 1 ? kStepCells : 2;  // as registers allow
+      constexpr int at_once = kBlocks8 == 1 ? kStepCells : 1;  // as registers allow
 #pragma unroll 1
-      for (int c = 0; c < kStepCells; c += at_once) multiply_cells<at_once, true>(stage, c, rows, part);
+      for (int c = 0; c < kStepCells; c += at_once)
+        multiply_cells<at_once, true>(stage, c, rows, part);
       add_group(rows, part, sums);
     } else {
       multiply_groups(stage, begin, sums);
@@ -200,8 +201,10 @@ class StreamWarp {
       clear(part);
       const int left = group_of_.left(begin + c, group);
       const int end = left < cells - c ? c + left : cells;
+      if constexpr (kBlocks8 == 1) {
 #pragma unroll 1
-      for (; scale_sums_ && c + 2 <= end; c += 2) multiply_cells<2, true>(stage, c, rows, part);
+        for (; scale_sums_ && c + 2 <= end; c += 2) multiply_cells<2, true>(stage, c, rows, part);
+      }
 #pragma unroll 1
       for (; scale_sums_ && c < end; ++c) multiply_cells<1, true>(stage, c, rows, part);
 #pragma unroll 1
