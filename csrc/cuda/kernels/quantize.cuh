@@ -73,6 +73,7 @@ __device__ void for_lane(const Group& group, int lane, const Body& body) {
 __device__ inline double team_total(double value) {
   const int first = static_cast<int>(threadIdx.x) % 32 / kTeam * kTeam;
   double total = 0;
+#pragma unroll 4  // all 16 of a refit's five sums at once would be 160 registers
   for (int j = 0; j < kTeam; ++j) total += ptx::shuffle(value, first + j);
   return total;
 }
