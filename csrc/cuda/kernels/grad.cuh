@@ -42,6 +42,7 @@ class GradWarp {
   static_assert(kShape.step == kStripRows && kStripRows == kStep, "a step is a strip, and 64 columns of dy");
   static_assert(kHalves * kStep == kShape.rows && kStepCells % kCells == 0, "a warp stays in one half");
   using Words = typename Codec<kFormat>::Words;
+  using Weights = StripFetcher<kFormat, kHalfThreads, Reuse::kTokens>;
   using Sums = float[kTokens16][kCells][2][4];  // [16 tokens][16 columns][8 columns of them][register of D]
 
   __device__ GradWarp(const GemmParams& p, const StageLayout& layout)
@@ -50,15 +51,17 @@ class GradWarp {
         lane_(static_cast<int>(threadIdx.x) % 32),
         half_(static_cast<int>(threadIdx.x) / kHalfThreads),
         first_cell_(static_cast<int>(threadIdx.x) / 32 * kCells % kStepCells),
-        copy_(static_cast<int>(threadIdx.x) % kHalfThreads, p.schedule.tiles_m == 1),
         group_of_(p.w),
         cells_((p.w.K + kCellK - 1) / kCellK),
         scaling_(p.w.scale_dtype == T::kScaleDtype && !has_fractions(p.w) ? Scaling16::kPairs
-                                                                          : Scaling16::kFloats) {}
+                                                                          : Scaling16::kFloats),
+        weights_(p.w, layout, static_cast<int>(threadIdx.x) % kHalfThreads),
+        tokens_(p.x, p.w.N, static_cast<int>(threadIdx.x)) {}
 
   __device__ void multiply(const Segment& segment, Sums& sums) {
     for_each_value(sums, 0, [](float& v, int) { v = 0.0f; });
     locate(segment);
+    tokens_.start(segment.tile_m * kShape.tokens, dynamic_shared() + layout_.x, p_.stages, layout_.bytes);
     int fetched = segment.first, filled = 0, read = 0;
     for (int j = 0; j < p_.stages - 1; ++j) fetch(segment, fetched, filled);
     for (int strip = segment.first; strip < segment.last; ++strip) {
@@ -72,22 +75,32 @@ class GradWarp {
     ptx::sync_block();  // what follows lies over the ring
   }
 
-  // Straight from D's registers: eight rows of 16 bytes (32 in fp32) at a time, whole sectors once both halves are there.
+  // Sixteen tokens at a time through shared memory, for 16-byte stores, and for code that is there once.
   __device__ void store(const Segment& segment, const Sums& sums) const {
+    constexpr int columns = kCells * kCellK, stride = columns + 2;
+    static_assert(16 * stride <= 8 * kPaddedRows, "a warp's part of the exchange (stages.h)");
     const int g = lane_ / 4, t = lane_ % 4;
-    const int64_t column = int64_t{step_of(segment, half_)} * kStep + first_cell_ * kCellK + 2 * t;
-    const int64_t m = int64_t{segment.tile_m} * kShape.tokens + g;
-    const float none[2] = {};  // dx has no bias
+    float* turned = reinterpret_cast<float*>(dynamic_shared()) + threadIdx.x / 32 * (8 * kPaddedRows);
+    const int64_t k = int64_t{step_of(segment, half_)} * kStep + first_cell_ * kCellK;
+    const int64_t m = int64_t{segment.tile_m} * kShape.tokens;
+    constexpr float no_bias[8] = {};
 #pragma unroll
     for (int i = 0; i < kTokens16; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4 * kCells; ++j) {  // cell, half of the cell, row g or g + 8
-        const float(&d)[4] = sums[i][j / 4][j % 2];
-        const int64_t token = m + 16 * i + j / 2 % 2 * 8;
-        const int64_t k = column + j / 4 * kCellK + j % 2 * 8;
-        float pair[2] = {d[j / 2 % 2 * 2], d[j / 2 % 2 * 2 + 1]};
-        if (inside(token, p_.x.M)) store_row(p_.y, token, k, p_.w.K, pair, none);
+      for (int j = 0; j < 2 * kCells; ++j) {  // 8 columns: k 2t, 2t + 1 of the tokens g and g + 8
+        const float(&d)[4] = sums[i][j / 2][j % 2];
+        float* to = turned + g * stride + 8 * j + 2 * t;
+        *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
+        *reinterpret_cast<float2*>(to + 8 * stride) = make_float2(d[2], d[3]);
       }
+      ptx::sync_warp();
+#pragma unroll 1
+      for (int j = lane_; j < 16 * columns / 8; j += 32) {
+        const int token = j / (columns / 8), first = j % (columns / 8) * 8;
+        if (inside(m + 16 * i + token, p_.x.M))
+          store_row(p_.y, m + 16 * i + token, k + first, p_.w.K, turned + token * stride + first, no_bias);
+      }
+      ptx::sync_warp();
     }
   }
 
@@ -119,13 +132,12 @@ class GradWarp {
       uint8_t* stage = dynamic_shared() + slot * layout_.bytes;
       const int step = step_of(segment, half_);
       if (inside(step * kStepCells, cells_)) {
-        const StepGroups groups = groups_of_step(p_.w, group_of_, step);
-        fetch_strip<kFormat>(p_.w, strip, step, groups, copy_, codes(stage),
-                             stage + layout_.scales + half_ * layout_.groups * p_.w.scale_row_bytes,
-                             stage + layout_.zeros + half_ * layout_.groups * p_.w.zero_row_bytes);
+        weights_.fetch(weights_.tile(strip, step), static_cast<uint32_t>(step % Weights::kTileSteps), step,
+                       codes(stage),
+                       stage + layout_.scales + half_ * layout_.groups * p_.w.scale_row_bytes,
+                       stage + layout_.zeros + half_ * layout_.groups * p_.w.zero_row_bytes);
       }
-      fetch_tokens<kShape.tokens, kShape.threads()>(p_.x, p_.w.N, segment.tile_m * kShape.tokens, strip,
-                                                    static_cast<int>(threadIdx.x), stage + layout_.x);
+      tokens_.fetch(tokens_.row(segment.tile_m * kShape.tokens, strip), strip, stage + layout_.x);
       ++strip;
       advance(slot);
     }
@@ -158,7 +170,7 @@ class GradWarp {
       for (int c = 0; c < kCells; ++c) {
         if (!real_[c]) continue;
         uint32_t b[4];
-        weights(stage, words[c], c, i, b);
+        decode(stage, words[c], c, i, b);
 #pragma unroll
         for (int r = 0; r < 4; ++r) b[r] = ptx::movmatrix_transposed(b[r]);
 #pragma unroll
@@ -172,7 +184,7 @@ class GradWarp {
 
   // One fragment of one cell, decoded and scaled. Its two rows' constants come from shared memory: they are as many as the
   // strip has rows, and the sums leave no registers to keep them in.
-  __device__ void weights(const uint8_t* stage, const Words& words, int c, int fragment,
+  __device__ void decode(const uint8_t* stage, const Words& words, int c, int fragment,
                           uint32_t (&a)[4]) const {
     const int g = lane_ / 4, position = 8 * g + 2 * fragment;
     const GroupRows rows{stage + scales_at_[c], stage + zeros_at_[c]};
@@ -202,10 +214,11 @@ class GradWarp {
   const int lane_;
   const int half_;        // of the block's columns, to copy and to multiply
   const int first_cell_;  // of that half, the first of this warp's
-  const Copier<kHalfThreads> copy_;
   const GroupOfCell group_of_;
   const int cells_;
   const Scaling16 scaling_;
+  const Weights weights_;
+  TokenFetcher<kShape.tokens, kShape.threads()> tokens_;
   bool real_[kCells] = {};  // whether the cell begins before K
   int scales_at_[kCells] = {}, zeros_at_[kCells] = {};  // bytes from the stage's start
 };
