@@ -249,6 +249,18 @@ def test_a_scale_per_tensor_is_folded_into_the_scales(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, plain[1] * np.float32(-7.1), rtol=2.0**-22)
 
 
+def test_a_model_over_several_files(tmp_path: Path) -> None:
+    tensors = {f"blk.{i}.ffn_up.weight": G.block_tensor("Q4_0", (4, 32), rng(i)) for i in range(3)}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        split = {"split.no": i, "split.count": 3, "split.tensors.count": ("i32", 3)}
+        metadata = {**(LLAMA if i == 0 else {}), **split}
+        write(tmp_path / f"model-{i + 1:05}-of-00003.gguf", metadata, {name: tensor})
+    with load_gguf(tmp_path / "model-00001-of-00003.gguf") as model:
+        assert model.variant == "llama, 3 Q4_0"
+        for i, tensor in enumerate(tensors.values()):
+            assert same(weight(model, f"model.layers.{i}.mlp.up_proj"), G.decode("Q4_0", tensor[2], (4, 32)))
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize(
     ("architecture", "family"),
@@ -332,6 +344,16 @@ def test_metadata_of_every_type(tmp_path: Path) -> None:
             "i": [True, False], "j": ["x", "\\xe2\\x82"], "general.alignment": 64,
         }  # fmt: skip
         assert model.read("v").numpy().tobytes() == tensors["v"][2]
+
+
+def test_strings_longer_than_what_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["x" * (7 * i % 41) for i in range(200)]
+    for chunk in (1, 64, 999):
+        monkeypatch.setattr("lowbit.formats._gguf_file._CHUNK", chunk)
+        tensors = {"w": G.float_tensor((3,), rng())}
+        with load_gguf(write(tmp_path / "w.gguf", {"a": words, "b": words[:3], "c": "end"}, tensors)) as model:
+            assert model.metadata == {"a": words, "b": words[:3], "c": "end"}
+            assert model.read("w").numpy().tobytes() == tensors["w"][2]
 
 
 def test_a_file_without_tensors_is_metadata(tmp_path: Path) -> None:

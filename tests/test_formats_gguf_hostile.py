@@ -43,6 +43,7 @@ _Q = G.block_tensor("Q4_0", (12, 32), rng())
         (_file({"general.alignment": ("u64", 32)}, w=_W), "general.alignment is 32"),
         (_file({"x": [[1]]}), "an array of arrays"),
         (_file({"split.count": ("u32", 3)}, w=_W), "one of 3 files of a model"),
+        (_file({"split.count": "x"}, w=_W), "split.count is x"),
         (_file(w=("19", (8, 256), bytes(64))), r"type 19 \(IQ1_S\), which is not read"),
         (_file(w=("99", (8, 256), bytes(64))), r"type 99 \(unknown\)"),
         (_file(w=("Q4_0", (8, 33), bytes(160))), "K=33 is not a multiple of 32, the block of Q4_0"),
@@ -101,6 +102,28 @@ def test_scales_that_are_no_scales(kind: str, shape: tuple[int, int], raw: bytes
     path = write(tmp_path / "w.gguf", {}, {"w": (kind, shape, raw)})
     with load_gguf(path) as model, pytest.raises(ArtifactError, match=rf"w\.gguf: w: .*{message}"):
         model.read("w")
+
+
+def test_a_split_model_whose_files_do_not_fit(tmp_path: Path) -> None:
+    def part(i: int, of: int = 2, tensor: str = "", **more: int) -> Path:
+        metadata = {**LLAMA, "split.no": i, "split.count": of, **{key.replace("_", "."): n for key, n in more.items()}}
+        return write(tmp_path / f"m-{i + 1:05}-of-00002.gguf", metadata, {tensor or f"w{i}": _W})
+
+    first = part(0)
+    for message, change in (
+        (r"m-00002-of-00002.gguf: no such file", lambda: None),
+        (r"m-00002-of-00002.gguf: tensor 'w0' is also in .*m-00001", lambda: part(1, tensor="w0")),
+        (r"says that it is file 1 of 3, not 1 of 2", lambda: part(1, of=3)),
+        (r"the 2 files have 2 tensors, not 3", lambda: (part(1), part(0, split_tensors_count=3))),
+        (r"is one of 3 files of a model", lambda: part(0, of=3)),
+    ):
+        change()
+        with pytest.raises(ArtifactError, match=message):
+            load_gguf(first)
+    part(0)
+    second = part(1)
+    with pytest.raises(ArtifactError, match=r"is not the first file of its model; open m-00001-of-00002\.gguf"):
+        load_gguf(second)
 
 
 def test_a_file_that_shrinks_while_it_is_open(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ from lowbit.formats._gguf_blocks import PLAIN, QUANTIZED, TYPE_NAMES, BlockType
 __all__ = ["MAGIC", "GGUFFile", "GGUFTensor"]
 
 MAGIC: Final = b"GGUF"
-# Ten times the largest vocabulary that models have: a longer header is an attack or a mistake.
-_MAX_HEADER: Final = 256 << 20
+# Several times the largest vocabulary that models have: a longer header is an attack or a mistake.
+_MAX_HEADER: Final = 128 << 20
 _MAX_DIM: Final = 1 << 40  # kept far from 2^63, as in _safetensors
 _MAX_NAME: Final = 1024
 _MAX_ALIGNMENT: Final = 1 << 20
@@ -171,9 +171,26 @@ class _Cursor:
         if kind == _BOOL:
             return self._bools(self.count(1, f"booleans of {key!r}"), key)
         if kind == _STRING:
-            return [self.text() for _ in range(self.count(8, f"strings of {key!r}"))]
+            return self._texts(self.count(8, f"strings of {key!r}"))
         what = "arrays" if kind == _ARRAY else f"unknown type {kind}"
         raise FormatError(f"{self.where}: {key!r} is an array of {what}")
+
+    def _texts(self, count: int) -> list[str]:
+        found: list[str] = []
+        while len(found) < count:
+            found.append(self.text())  # may read on
+            # A vocabulary is hundreds of thousands of strings: those that are in the buffer are taken without a call.
+            buffer, start = self._buffer, self._at
+            at = start
+            while len(found) < count and at + 8 <= len(buffer):
+                end = at + 8 + int.from_bytes(buffer[at : at + 8], "little")
+                if end > len(buffer):
+                    break
+                found.append(buffer[at + 8 : end].decode("utf-8", "backslashreplace"))
+                at = end
+            self._at = at
+            self.position += at - start
+        return found
 
     def _bools(self, count: int, key: str) -> list[bool]:
         raw = self.take(count)

@@ -26,8 +26,9 @@ from lowbit.errors import ArtifactError
 from lowbit.formats._bits import pack_codes, row_bytes
 from lowbit.formats._format import Container
 from lowbit.formats._gguf_blocks import BlockType
-from lowbit.formats._gguf_file import MAGIC, GGUFFile, GGUFTensor
+from lowbit.formats._gguf_file import MAGIC, GGUFTensor
 from lowbit.formats._gguf_names import hugging_face_name
+from lowbit.formats._gguf_split import GGUFFiles
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, PlannedTensor
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
@@ -55,7 +56,7 @@ class GGUFModel(Plan):
         ('llama', 113)
     """
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFiles) -> None:
         self._gguf = file
         self.metadata: Mapping[str, Any] = file.metadata
         layers, tensors = _Mapper(file).map()
@@ -80,7 +81,7 @@ def load_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     w = dequantize() equals what llama.cpp computes in fp32.
 
     Args:
-        path: the file. A model split over several files has to be merged first (llama-gguf-split --merge).
+        path: the file; of a model split over several (model-00001-of-00003.gguf) the first one.
 
     Raises:
         ArtifactError: the file is missing, not well-formed (FormatError), or has a tensor of a type that is not read.
@@ -89,7 +90,7 @@ def load_gguf(path: str | os.PathLike[str]) -> GGUFModel:
         >>> with lowbit.load_gguf("model.gguf") as model:
         ...     weight = model.read("model.layers.0.mlp.up_proj").weight
     """
-    file = GGUFFile(path)
+    file = GGUFFiles(path)
     try:
         return GGUFModel(file)
     except BaseException:
@@ -106,7 +107,7 @@ def _open_plan(path: Path) -> Iterator[Plan]:
 CONTAINER = Container("gguf", "GGUF files of llama.cpp", MAGIC, _open_plan)
 
 
-def _variant(file: GGUFFile) -> str:
+def _variant(file: GGUFFiles) -> str:
     types = Counter(tensor.type_name for tensor in file.tensors.values())
     parts = [f"{count} {name}" for name, count in types.most_common()]
     return ", ".join([str(file.metadata.get("general.architecture", "no architecture"))[:80], *parts])
@@ -115,16 +116,11 @@ def _variant(file: GGUFFile) -> str:
 class _Mapper:
     """Gives every tensor of a file its name and its place."""
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFiles) -> None:
         self.file = file
         self.left = dict(file.tensors)
         self.layers: dict[str, PlannedLinear] = {}
         self.tensors: dict[str, PlannedTensor] = {}
-        split = file.metadata.get("split.count", 1)
-        if split not in (0, 1):
-            raise self.fail(
-                f"is one of {str(split)[:20]} files of a model: merge them first (llama-gguf-split --merge)"
-            )
         architecture = file.metadata.get("general.architecture")
         # A LoRA adapter has names of its own.
         known = isinstance(architecture, str) and file.metadata.get("general.type", "model") == "model"
@@ -287,7 +283,7 @@ def _planned_tensor(
     return PlannedTensor(dtype, shape, read)
 
 
-def _read_weight(file: GGUFFile, tensor: GGUFTensor, rows: Tensor | None, factor: Tensor | None) -> QuantizedWeight:
+def _read_weight(file: GGUFFiles, tensor: GGUFTensor, rows: Tensor | None, factor: Tensor | None) -> QuantizedWeight:
     """The canonical weight of a tensor [N, K], decoded some rows at a time.
 
     Args:
