@@ -84,9 +84,13 @@ SECTIONS: Final = (
     _Section("W4A8-fp8", "int4-g128", ((256, 4096), (1, 16, 64, 1024)), BIG, "fp8", peers=("torch-bf16", "humming")),
     _Section("W4A8-int8", "int4-g128", ((256, 4096), (1, 16, 64, 1024)), BIG, "int8", peers=("torch-bf16", "humming")),
     _Section(
-        "W8A16 int8", "int8", ((1, 16), (4, 64, 256)), BIG, peers=("torch-bf16", "torch-int8pack", "humming", "gemlite")
+        "W8A16 int8",
+        "int8",
+        ((1, 16), (4, 8, 64, 256)),
+        BIG,
+        peers=("torch-bf16", "torch-int8pack", "humming", "gemlite"),
     ),
-    _Section("W8A16 fp8", "fp8", ((1, 16), (4, 64, 256)), BIG, peers=("torch-bf16", "humming")),
+    _Section("W8A16 fp8", "fp8", ((1, 16), (4, 8, 64, 256)), BIG, peers=("torch-bf16", "humming")),
     _Section(
         "FP8 blocks",
         "fp8-b128",
