@@ -127,7 +127,7 @@ def _q8_0(blocks: Tensor) -> Decoded:
 
 def _iq4_codes(nibbles: Tensor) -> Tensor:
     book = torch.tensor([value + 128 for value in _IQ4], dtype=torch.uint8)
-    return book[nibbles.long()]
+    return book.index_select(0, nibbles.reshape(-1).int()).view(nibbles.shape)
 
 
 def _iq4_nl(blocks: Tensor) -> Decoded:

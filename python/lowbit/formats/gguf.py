@@ -35,8 +35,8 @@ from lowbit.weight import QuantizedWeight
 
 __all__ = ["CONTAINER", "GGUFModel", "load_gguf"]
 
-# Weights decoded at a time: what is in memory beside the result is a few times this.
-_CHUNK: Final = 1 << 22
+# Weights decoded at a time: few enough for what is made on the way to stay in a cache.
+_CHUNK: Final = 1 << 19
 _MAX_EXPERTS: Final = 1 << 16
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 
