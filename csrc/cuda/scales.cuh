@@ -36,44 +36,56 @@ struct GroupRows {
   const uint8_t* zeros;
 };
 
-__device__ inline float number(ScaleDtype dtype, uint32_t bits) {
-  return dtype == ScaleDtype::kFloat16 ? Float16::low(bits) : BFloat16::low(bits);
+// Only fp8 weights have 128x128 blocks, whose rows are one number for all. Asking the format first keeps the question out
+// of all other kernels.
+template <Format kFormat>
+__device__ bool is_block(const WeightParams& w) {
+  return (kFormat == Format::kFp8E4m3 || kFormat == Format::kFp8E5m2) && w.one_scale;
 }
 
-// kCount (2 or 8) neighbouring numbers of a row, the first at `position`, in fp32. `one`: a row of one number, for all.
-template <int kCount>
-__device__ void load_numbers(const uint8_t* row, int position, ScaleDtype dtype, bool one,
-                             float (&to)[kCount]) {
-  if (one) {
-    const float all = dtype == ScaleDtype::kFloat32 ? *reinterpret_cast<const float*>(row)
-                                                    : number(dtype, *reinterpret_cast<const uint16_t*>(row));
+// Two neighbouring numbers of a row, the first at `position`, in fp32; of a block's row, its number twice.
+__device__ inline float2 load_two(const uint8_t* row, int position, ScaleDtype dtype, bool block) {
+  if (dtype == ScaleDtype::kFloat32) {
+    const float* from = reinterpret_cast<const float*>(row) + (block ? 0 : position);
+    return make_float2(from[0], from[block ? 0 : 1]);
+  }
+  const uint32_t stored = *reinterpret_cast<const uint32_t*>(row + (block ? 0 : 2 * position));
+  const uint32_t pair = block ? ptx::prmt(stored, 0u, 0x1010u) : stored;
+  const bool half = dtype == ScaleDtype::kFloat16;
+  return make_float2(half ? Float16::low(pair) : BFloat16::low(pair),
+                     half ? Float16::high(pair) : BFloat16::high(pair));
+}
+
+// The eight numbers of a lane in fp32.
+template <Format kFormat>
+__device__ void load_eight(const WeightParams& w, const uint8_t* row, int g, float (&to)[kLaneRows]) {
+  if (is_block<kFormat>(w)) {
+    const float2 all = load_two(row, 0, w.scale_dtype, true);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) to[j] = all;
-  } else if (dtype == ScaleDtype::kFloat32) {
-    const float2* from = reinterpret_cast<const float2*>(row + 4 * position);
+    for (int j = 0; j < kLaneRows; ++j) to[j] = all.x;
+  } else if (w.scale_dtype == ScaleDtype::kFloat32) {
+    const float4* from = reinterpret_cast<const float4*>(row + 32 * g);
+    const float4 low = from[0], high = from[1];
+    const float all[kLaneRows] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int j = 0; j < kCount / 2; ++j) {
-      const float2 pair = from[j];
-      to[2 * j] = pair.x;
-      to[2 * j + 1] = pair.y;
-    }
+    for (int j = 0; j < kLaneRows; ++j) to[j] = all[j];
   } else {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(row + 2 * position);
+    const uint4 v = *reinterpret_cast<const uint4*>(row + 16 * g);
+    const uint32_t pairs[kLaneRows / 2] = {v.x, v.y, v.z, v.w};
+    const bool half = w.scale_dtype == ScaleDtype::kFloat16;
 #pragma unroll
-    for (int j = 0; j < kCount / 2; ++j) {
-      const uint32_t pair = from[j];
-      const bool half = dtype == ScaleDtype::kFloat16;
-      to[2 * j] = half ? Float16::low(pair) : BFloat16::low(pair);
-      to[2 * j + 1] = half ? Float16::high(pair) : BFloat16::high(pair);
+    for (int j = 0; j < kLaneRows; j += 2) {
+      to[j] = half ? Float16::low(pairs[j / 2]) : BFloat16::low(pairs[j / 2]);
+      to[j + 1] = half ? Float16::high(pairs[j / 2]) : BFloat16::high(pairs[j / 2]);
     }
   }
 }
 
 // The eight 16-bit scales of a lane, each as a pair of itself.
-__device__ inline void load_pairs(const uint8_t* row, int g, bool one,
+__device__ inline void load_pairs(const uint8_t* row, int g, bool block,
                                   uint32_t (&to)[kLaneRows]) {
-  if (one) {
-    const uint32_t all = *reinterpret_cast<const uint16_t*>(row) * 0x10001u;
+  if (block) {
+    const uint32_t all = twice(*reinterpret_cast<const uint16_t*>(row));
 #pragma unroll
     for (int j = 0; j < kLaneRows; ++j) to[j] = all;
     return;
@@ -143,23 +155,23 @@ __device__ void scale_pairs(const typename Codec<kFormat>::Words& words, int fra
 template <Format kFormat, class T>
 __device__ void scale_floats(const WeightParams& w, const typename Codec<kFormat>::Words& words,
                              int fragment, const GroupRows& rows, int g, uint32_t (&a)[4]) {
+  constexpr bool integer = Codec<kFormat>::kInteger, exact = Codec<kFormat>::kExact;
   const int position = 8 * g + 2 * fragment;
-  float scale[2], third[2] = {0.0f, 0.0f};
-  load_numbers(rows.scales, position, w.scale_dtype, w.one_scale, scale);
-  if (has_fractions(w)) load_numbers(rows.zeros, position, w.scale_dtype, false, third);
+  const float2 scale = load_two(rows.scales, position, w.scale_dtype, is_block<kFormat>(w));
+  float2 minus = make_float2(0.0f, 0.0f), plus = minus;
+  if (integer && has_fractions(w)) {
+    const float2 third = load_two(rows.zeros, position, w.scale_dtype, false);
+    (w.zero_kind == ZeroKind::kFloat ? minus : plus) = third;
+  }
   uint32_t rest[4] = {};
-  if constexpr (!Codec<kFormat>::kExact)
-    Codec<kFormat>::template decode_rest<T>(words, fragment, rest);
-
-  const bool subtract = w.zero_kind == ZeroKind::kFloat;
+  if constexpr (!exact) Codec<kFormat>::template decode_rest<T>(words, fragment, rest);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const float minus = subtract ? third[r % 2] : 0.0f, plus = subtract ? 0.0f : third[r % 2];
     const auto weight = [&](float q, float remainder) {
-      if constexpr (!Codec<kFormat>::kExact) q += remainder;
-      if constexpr (Codec<kFormat>::kInteger) q = ptx::sub_rn(q, minus);
-      q = ptx::mul_rn(q, scale[r % 2]);
-      return Codec<kFormat>::kInteger ? ptx::add_rn(q, plus) : q;
+      if constexpr (!exact) q += remainder;
+      if constexpr (integer) q = ptx::sub_rn(q, r % 2 == 0 ? minus.x : minus.y);
+      q = ptx::mul_rn(q, r % 2 == 0 ? scale.x : scale.y);
+      return integer ? ptx::add_rn(q, r % 2 == 0 ? plus.x : plus.y) : q;
     };
     a[r] = T::pack(weight(T::low(a[r]), T::low(rest[r])), weight(T::high(a[r]), T::high(rest[r])));
   }

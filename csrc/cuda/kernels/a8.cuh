@@ -111,7 +111,7 @@ __device__ void load_x_scales(const RowsParams& x, int m, int lane, int k, float
 }
 
 // sums += parts * scale of the row's group (* scale of the token's), parts = 0. `k` is the last that parts hold.
-template <class Part, int kBlocks8>
+template <Format kFormat, class Part, int kBlocks8>
 __device__ void add_scaled(const GemmParams& p, const GroupRows& rows, int m, int lane, int k,
                            float (&sums)[kFragments][kBlocks8][4], Part (&parts)[kFragments][kBlocks8][4]) {
   const bool by_group = p.x.scale_groups > 1;  // else tokens are scaled once, at the end
@@ -119,14 +119,15 @@ __device__ void add_scaled(const GemmParams& p, const GroupRows& rows, int m, in
   if (by_group) load_x_scales(p.x, m, lane, k, x_scale);
 #pragma unroll
   for (int i = 0; i < kFragments; ++i) {
-    float scale[2];
-    load_numbers(rows.scales, 8 * (lane / 4) + 2 * i, p.w.scale_dtype, p.w.one_scale, scale);
+    const float2 scale =
+        load_two(rows.scales, 8 * (lane / 4) + 2 * i, p.w.scale_dtype, is_block<kFormat>(p.w));
 #pragma unroll
     for (int j = 0; j < 4 * kBlocks8; ++j) {
       float value = static_cast<float>(parts[i][j / 4][j % 4]);
       parts[i][j / 4][j % 4] = 0;
       if (by_group) value = ptx::mul_rn(value, x_scale[j / 4][j % 2]);
-      sums[i][j / 4][j % 4] = ptx::fma_rn(value, scale[j % 4 / 2], sums[i][j / 4][j % 4]);
+      sums[i][j / 4][j % 4] =
+          ptx::fma_rn(value, j % 4 < 2 ? scale.x : scale.y, sums[i][j / 4][j % 4]);
     }
   }
 }

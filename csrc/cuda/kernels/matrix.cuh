@@ -234,7 +234,7 @@ class MatrixWarp {
     const int g = lane_ / 4;
     group_ = group;
     if (p_.w.zero_kind == ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, rows.zeros, g, zeros_);
-    if (scaling_ == Scaling16::kPairs) load_pairs(rows.scales, g, p_.w.one_scale, scales_);
+    if (scaling_ == Scaling16::kPairs) load_pairs(rows.scales, g, is_block<kFormat>(p_.w), scales_);
   }
 
   // B fragments of one cell. A matrix of ldmatrix is 8 tokens x 8 k: two of them side by side make k 0..15 of 8 tokens.

@@ -48,7 +48,7 @@ class StreamWarp {
         tokens_(p.x, p.w.K, lane_),
         group_of_(p.w),
         cells_((p.w.K + kCellK - 1) / kCellK),
-        scale_sums_(!has_fractions(p.w)),
+        scale_sums_(!Codec<kFormat>::kInteger || !has_fractions(p.w)),
         one_group_(scale_sums_ && (p.w.groups == 1 || p.w.group_size % kStep == 0)) {}
 
   // sums[fragment][8 tokens][register of D] = this warp's steps of the segment.
@@ -207,8 +207,10 @@ class StreamWarp {
       }
 #pragma unroll 1
       for (; scale_sums_ && c < end; ++c) multiply_cells<1, true>(stage, c, rows, part);
+      if constexpr (Codec<kFormat>::kInteger) {
 #pragma unroll 1
-      for (; c < end; ++c) multiply_cells<1, false>(stage, c, rows, part);
+        for (; c < end; ++c) multiply_cells<1, false>(stage, c, rows, part);
+      }
       add_group(rows, part, sums);
       rows.scales += p_.w.scale_row_bytes;
       rows.zeros += p_.w.zero_row_bytes;
@@ -240,8 +242,7 @@ class StreamWarp {
   // sums += scale * part, or += part where weights were scaled before.
   __device__ void add_group(const GroupRows& rows, const Sums& part, Sums& sums) const {
     float scales[kLaneRows] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
-    if (scale_sums_)
-      load_numbers(rows.scales, 8 * (lane_ / 4), p_.w.scale_dtype, p_.w.one_scale, scales);
+    if (scale_sums_) load_eight<kFormat>(p_.w, rows.scales, lane_ / 4, scales);
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
 #pragma unroll
