@@ -54,7 +54,14 @@ INT4 = Spec("int4", "int", 32, "float16")
 INT3 = Spec("int3", "none", 128, "bfloat16")
 #: Scales in the strip's table and not in tiles; groups that meet no cell's end.
 TABLE = Spec("int4", "offset", 48, "float32")
+#: More scales per step than a warp copies at once.
+SMALL_GROUPS = Spec("int4", "float", 16, "float32")
 BLOCKS = Spec("fp8_e4m3", "none", 128, "float32", "block128")
+NF4 = Spec("nf4", "none", 32, "float16")
+
+#: (N, K, multiprocessors). Few blocks with several tiles each, many blocks on one tile, blocks that begin inside a tile; N and
+#: K on no tile's end, and a last step of K that is nearly empty.
+SHAPES = ((130, 456, 3), (70, 2200, 40), (300, 520, 1), (700, 712, 2), (65, 264, 4))
 
 
 def tokens_of(kernel: str) -> int:
@@ -70,15 +77,17 @@ def gemm(kernel: str, spec: Spec, M: int, N: int, K: int, sms: int) -> Case:
         with problems.forced(kernel):
             return [problems.check_gemm(backend, problem)]
 
-    return Case(f"gemm {kernel} {spec.format}-{spec.zero_kind}-g{spec.group_size} M={M} N={N} K={K} sms={sms}", run)
+    return Case(f"gemm {kernel} {_name(spec)} M={M} N={N} K={K} sms={sms}", run)
 
 
 def gemm_cases(kernel: str) -> list[Case]:
     tokens = tokens_of(kernel)
-    specs = (INT4, INT3, TABLE, BLOCKS)
-    rows = (tokens - 1, tokens, max(1, tokens - 5), tokens + 3 if kernel.startswith("matrix") else 1)
-    shapes = ((130, 456, 3), (70, 328, 1), (200, 640, 2), (65, 264, 4))
-    return [gemm(kernel, spec, M, *shape) for spec, M, shape in zip(specs, rows, shapes, strict=True)]
+    rows = (tokens - 1, tokens, max(1, tokens - 5), tokens + 3 if kernel.startswith("matrix") else 1, 2)
+    specs = (INT4, INT3, SMALL_GROUPS, TABLE, BLOCKS)
+    cases = [gemm(kernel, spec, M, *shape) for spec, M, shape in zip(specs, rows, SHAPES, strict=True)]
+    if kernel == "general":
+        cases.append(gemm(kernel, NF4, 3, 70, 104, 2))
+    return cases
 
 
 def any_input(kernel: str) -> Case:
@@ -91,10 +100,11 @@ def any_input(kernel: str) -> Case:
             p = problems.Problem(spec, 5, 66, K, torch.bfloat16)
             wide = torch.full((5, 2 * K + 3), torch.nan, dtype=p.dtype)
             wide[:, 1 : K + 1] = p.x()
-            with problems.forced(kernel):
-                y = problems.gemm(backend, p, wide[:, 1 : K + 1])
-            reference.assert_close(y, problems.expected(p), p)
-            outputs.append(y)
+            for x in (wide[:, 1 : K + 1], p.x()):
+                with problems.forced(kernel):
+                    y = problems.gemm(backend, p, x)
+                reference.assert_close(y, problems.expected(p), p)
+                outputs.append(y)
         return outputs
 
     return Case(f"gemm {kernel}, x as it comes", run)
@@ -120,13 +130,16 @@ def gemm_a8(kernel: str, kind: str, activation: str, group: int, M: int, N: int,
 def gemm_a8_cases(kernel: str) -> list[Case]:
     tokens = tokens_of(kernel)
     if kernel.startswith("a8_fp8"):
-        kinds = (("fp8_e4m3", "fp8", 32), ("fp8_e4m3-block128", "fp8-g128", 128))
+        kinds = [("fp8_e4m3", "fp8", 32), ("fp8_e4m3-block128", "fp8-g128", 128), ("fp8_e4m3", "fp8-g128", 48)]
     elif kernel.startswith("a8_int"):
-        kinds = (("int4-int", "int8-asym", 32), ("int3", "int8-g128", 48), ("int8", "int8", -1))
+        kinds = [("int4-int", "int8-asym", 32), ("int3", "int8-g128", 48), ("int4", "int8", -1)]
     else:
-        kinds = (("int4", "fp8", 32), ("int3", "int8-asym", 48))
-    shapes = ((tokens - 1, 130, 456, 3), (tokens + 2, 70, 328, 1), (3, 200, 640, 2))
-    return [gemm_a8(kernel, *kind, *shape) for kind, shape in zip(kinds, shapes, strict=False)]
+        kinds = [("int4", "fp8", 32), ("int3", "int8-asym", 48), ("int4-int", "fp8-g128", 16)]
+    rows = (tokens - 1, tokens + 2, 3)
+    cases = [gemm_a8(kernel, *kind, M, *shape) for kind, M, shape in zip(kinds, rows, SHAPES, strict=False)]
+    if kernel == "general":
+        cases += [gemm_a8(kernel, "nf4", "fp8", 32, 3, 70, 104, 2), gemm_a8(kernel, "int4", "int8", 40, 5, 66, 333, 2)]
+    return cases
 
 
 def grad_case(kernel: str, spec: Spec, M: int, N: int, K: int) -> Case:
@@ -137,7 +150,7 @@ def grad_case(kernel: str, spec: Spec, M: int, N: int, K: int) -> Case:
         reference.assert_close(dx, grad.expected(dy, spec, N, K), (kernel, spec))
         return [dx]
 
-    return Case(f"gemm_grad_input {kernel} {spec.format}-{spec.zero_kind}-g{spec.group_size} M={M} N={N} K={K}", run)
+    return Case(f"gemm_grad_input {kernel} {_name(spec)} M={M} N={N} K={K}", run)
 
 
 # ---- weights and activations -------------------------------------------------------------------------------------------
@@ -152,13 +165,18 @@ def pack_case(spec: Spec, N: int, K: int) -> Case:
         back = backend.ops.unpack(w, N, K, problems.cuda_desc(spec))
         for got, given in zip(back, weight.tensors, strict=True):
             assert got.numel() == 0 if given is None else torch.equal(got, given)
+        # What stands behind the last code of a row, in the same byte, means nothing.
+        padding = -K * spec.bits % 8
+        noisy = weight.packed.clone()
+        noisy[:, -1] |= 256 - 2 ** (8 - padding)
+        assert torch.equal(problems.pack(backend, dataclasses.replace(weight, packed=noisy)), w), "padding was packed"
         canonical = cases.desc(spec)
         dense = [backend.ops.dequantize(*weight.tensors, N, K, canonical, dtype) for dtype in cases.DTYPES]
         for got in dense:
             assert torch.equal(got, weight.dense().to(got.dtype)), "dequantize"
         return [w, *back, *dense]
 
-    return Case(f"pack and dequantize {spec} N={N} K={K}", run)
+    return Case(f"pack and dequantize {_name(spec)} N={N} K={K}", run)
 
 
 def quantize_case(spec: Spec, N: int, K: int, search: bool) -> Case:
@@ -170,14 +188,18 @@ def quantize_case(spec: Spec, N: int, K: int, search: bool) -> Case:
         assert same_bits(outputs, list(torch.ops.lowbit.quantize(*arguments))), "not what the CPU makes of it"
         return outputs
 
-    return Case(f"quantize {spec} N={N} K={K}{' search' if search else ''}", run)
+    return Case(f"quantize {_name(spec)} N={N} K={K}{' search' if search else ''}", run)
 
 
-def quantize_activation_case(activation: str, M: int, K: int) -> Case:
+def quantize_activation_case(activation: str, M: int, K: int, is_view: bool) -> Case:
     format, group, symmetric = a8.ACTIVATIONS[activation]
 
     def run(backend: Emulator) -> Outputs:
-        x = (cases.random_x(M, 2 * K + 1, dtype=torch.bfloat16) + 0.25)[:, 1 : K + 1]
+        x = cases.random_x(M, K, dtype=torch.bfloat16) + 0.25
+        if is_view:
+            wide = torch.full((M, 2 * K + 1), torch.nan, dtype=x.dtype)
+            wide[:, 1 : K + 1] = x
+            x = wide[:, 1 : K + 1]
         arguments = (x, format, group, None, None, torch.linspace(0.5, 2, K), symmetric)
         outputs = list(backend.ops.quantize_activation(*arguments))
         assert same_bits(outputs, list(torch.ops.lowbit.quantize_activation(*arguments))), (
@@ -185,7 +207,12 @@ def quantize_activation_case(activation: str, M: int, K: int) -> Case:
         )
         return outputs
 
-    return Case(f"quantize_activation {activation} M={M} K={K}", run)
+    return Case(f"quantize_activation {activation} M={M} K={K}{', a view' if is_view else ''}", run)
+
+
+def _name(spec: Spec) -> str:
+    kind = spec.scaling if spec.scaling != "group" else spec.zero_kind
+    return f"{spec.format}-{kind}-g{spec.group_size}-{spec.scale_dtype}{'-perm' if spec.has_perm else ''}"
 
 
 @functools.cache
@@ -195,11 +222,37 @@ def all_cases() -> tuple[Case, ...]:
     listed += [any_input(kernel) for kernel in problems.A16]
     listed += [case for kernel in problems.A8 for case in gemm_a8_cases(kernel)]
     for kernel in problems.GRAD:
-        listed += [grad_case(kernel, with_perm, 20, 130, 200), grad_case(kernel, INT3, 66, 65, 136)]
-    listed += [pack_case(with_perm, 70, 300), pack_case(INT3, 65, 136), pack_case(BLOCKS, 130, 264)]
-    listed += [pack_case(TABLE, 66, 104), quantize_case(INT4, 33, 100, False), quantize_case(INT3, 17, 264, True)]
-    listed += [quantize_case(BLOCKS, 130, 200, False), quantize_case(TABLE, 9, 100, False)]
-    listed += [quantize_activation_case(name, 5, 300) for name in a8.ACTIVATIONS if name != "int8-g128"]
+        specs = (with_perm, INT3, TABLE, SMALL_GROUPS)
+        shapes = ((20, 130, 200), (66, 65, 136), (3, 2100, 72), (70, 300, 328))
+        listed += [grad_case(kernel, spec, *shape) for spec, shape in zip(specs, shapes, strict=True)]
+    listed.append(grad_case("general", Spec("int4", "none", 24), 5, 64, 72))
+    for spec, N, K in (
+        (with_perm, 70, 300),
+        (INT4, 65, 301),
+        (INT4, 66, 672),
+        (INT3, 65, 136),
+        (INT3, 3, 131),
+        (BLOCKS, 130, 264),
+        (TABLE, 66, 104),
+        (NF4, 64, 128),
+    ):
+        listed.append(pack_case(spec, N, K))
+    whole = Spec("int4", "int", -1, "float16")
+    for spec, N, K, search in (
+        (INT4, 33, 100, False),
+        (whole, 3, 700, False),
+        (TABLE, 9, 100, False),
+        (BLOCKS, 130, 200, False),
+        (INT3, 17, 264, True),
+        (whole, 2, 2100, True),
+        (BLOCKS, 130, 200, True),
+    ):
+        listed.append(quantize_case(spec, N, K, search))
+    for activation in a8.ACTIVATIONS:
+        if activation != "int8-g128":  # ours never makes it
+            listed.append(quantize_activation_case(activation, 5, 300, is_view=True))
+            listed.append(quantize_activation_case(activation, 3, 296, is_view=False))
+            listed.append(quantize_activation_case(activation, 2, 4100, is_view=False))
     return tuple(listed)
 
 
