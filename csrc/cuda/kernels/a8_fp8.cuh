@@ -48,7 +48,7 @@ class Fp8Math {
 
   __device__ void settle(const GroupRows&, const StepPart&, Sums&) const {}
   __device__ void add(const GroupRows& rows, int k, Sums& sums, Sums& parts) const {
-    add_scaled(p_, rows, m_, lane_, k, sums, parts);
+    add_scaled<kFormat>(p_, rows, m_, lane_, k, sums, parts);
   }
 
  private:

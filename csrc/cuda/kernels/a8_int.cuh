@@ -72,7 +72,7 @@ class IntMath {
   }
 
   __device__ void add(const GroupRows& rows, int k, Sums& sums, Parts& parts) const {
-    add_scaled(p_, rows, m_, lane_, k, sums, parts);
+    add_scaled<kFormat>(p_, rows, m_, lane_, k, sums, parts);
   }
 
  private:

@@ -162,7 +162,8 @@ class GradWarp {
 #pragma unroll
     for (int c = 0; c < kCells; ++c)
       load_cell<kFormat, kStepCells>(codes(stage), first_cell_ + c, lane_, words[c]);
-#pragma unroll
+    // Not unrolled, for short code: the words of the fragments to come move up instead.
+#pragma unroll 1
     for (int i = 0; i < kFragments; ++i) {
       uint32_t dy[kTokens16][4];
       load_tokens(stage + layout_.x, i, dy);
@@ -178,35 +179,41 @@ class GradWarp {
           T::mma(sums[j][c][0], dy[j], b[0], b[1]);
           T::mma(sums[j][c][1], dy[j], b[2], b[3]);
         }
+        next_fragment(words[c]);
       }
     }
   }
 
-  // One fragment of one cell, decoded and scaled. Its two rows' constants come from shared memory: they are as many as the
-  // strip has rows, and the sums leave no registers to keep them in.
-  __device__ void decode(const uint8_t* stage, const Words& words, int c, int fragment,
-                          uint32_t (&a)[4]) const {
-    const int g = lane_ / 4, position = 8 * g + 2 * fragment;
-    const GroupRows rows{stage + scales_at_[c], stage + zeros_at_[c]};
+  static __device__ void next_fragment(Words& words) {
+#pragma unroll
+    for (auto& word : words.word) {
+#pragma unroll
+      for (int i = 0; i + 1 < kFragments; ++i) word[i] = word[i + 1];
+    }
+  }
+
+  // The first fragment of `words`, which is `fragment` of cell c, decoded and scaled. Its two rows' constants come from
+  // shared memory: they are as many as the strip has rows, and the sums leave no registers to keep them in.
+  __device__ void decode(const uint8_t* stage, const Words& words, int c, int fragment, uint32_t (&a)[4]) const {
+    const bool block = is_block<kFormat>(p_.w);
+    const int g = lane_ / 4, rows_before = 2 * fragment;
+    const GroupRows rows{stage + scales_at_[c] + (block ? 0 : rows_before * p_.w.scale_row_bytes / kStripRows),
+                         stage + zeros_at_[c] + rows_before * p_.w.zero_row_bytes / kStripRows};
     uint32_t zeros[2] = {};
     if constexpr (Codec<kFormat>::kInteger) {
       uint32_t z = p_.w.zero_kind == ZeroKind::kNone ? 0x0101u << (Planes<kFormat>::kBits - 1) : 0u;
-      if (p_.w.zero_kind == ZeroKind::kInt) z = *reinterpret_cast<const uint16_t*>(rows.zeros + position);
+      if (p_.w.zero_kind == ZeroKind::kInt) z = *reinterpret_cast<const uint16_t*>(rows.zeros + 8 * g);
       zeros[0] = Codec<kFormat>::template zero<T>(z & 0xffu);
       zeros[1] = Codec<kFormat>::template zero<T>(z >> 8);
     }
-    Codec<kFormat>::template decode<T>(words, fragment, zeros[0], zeros[1], a);
+    Codec<kFormat>::template decode<T>(words, 0, zeros[0], zeros[1], a);
     if (scaling_ == Scaling16::kFloats) {
-      scale_floats<kFormat, T>(p_.w, words, fragment, rows, g, a);
+      scale_floats<kFormat, T>(p_.w, words, 0, rows, g, a);
       return;
     }
-    const bool one = p_.w.one_scale;
-    const uint32_t pair =
-        *reinterpret_cast<const uint32_t*>(rows.scales + (one ? 0 : 2 * position));
-    uint32_t scales[kLaneRows] = {};
-    scales[2 * fragment] = ptx::prmt(pair, 0u, 0x1010u);
-    scales[2 * fragment + 1] = ptx::prmt(pair, 0u, one ? 0x1010u : 0x3232u);
-    scale_pairs<kFormat, T>(words, fragment, scales, a);
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(rows.scales + (block ? 0 : 16 * g));
+    const uint32_t scales[kLaneRows] = {ptx::prmt(pair, 0u, 0x1010u), ptx::prmt(pair, 0u, block ? 0x1010u : 0x3232u)};
+    scale_pairs<kFormat, T>(words, 0, scales, a);
   }
 
   const GemmParams& p_;
