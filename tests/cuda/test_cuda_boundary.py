@@ -127,6 +127,34 @@ def test_a_forced_kernel_runs_or_raises(backend: Any) -> None:
         assert dx.shape == (2, 48)
 
 
+@pytest.mark.parametrize("kind", ["int4-int", "fp8_e4m3", "nf4"])
+@pytest.mark.parametrize("activation", ["int8", "fp8"])
+def test_batch_invariant_with_8_bit_activations(backend: Any, kind: str, activation: str) -> None:
+    """Whatever tile serves M, the bits of a row are the same; also across the tiles for more and for fewer tokens."""
+    format, zero_kind, _ = cases.KINDS[kind]
+    weight = cases.random_weight(Spec(format, zero_kind, 64, "bfloat16"), 130, 700)
+    w, desc = pack(backend, weight), cuda_desc(weight.spec)
+    x = cases.random_x(140, 700)
+    which = cases.INT8 if activation == "int8" else cases.FP8
+    q, s, _ = (on(backend, t) for t in torch.ops.lowbit.quantize_activation(x, which, -1, None, None, None, True))
+    whole = backend.ops.gemm_a8(q, s, None, w, None, 130, 700, desc, cases.BATCH_INVARIANT, torch.float32)
+    for rows in (slice(0, 1), slice(3, 12), slice(20, 60), slice(60, 140)):
+        part = backend.ops.gemm_a8(
+            q[rows], s[rows], None, w, None, 130, 700, desc, cases.BATCH_INVARIANT, torch.float32
+        )
+        assert torch.equal(part, whole[rows]), rows
+
+
+def test_batch_invariant_gradient(backend: Any) -> None:
+    weight = cases.random_weight(Spec("int4", "int", 64, "bfloat16"), 700, 130)
+    w, desc = pack(backend, weight), cuda_desc(weight.spec)
+    dy = on(backend, cases.random_x(140, 700, dtype=torch.bfloat16))
+    whole = backend.ops.gemm_grad_input(dy, w, 700, 130, desc, cases.BATCH_INVARIANT)
+    for rows in (slice(0, 1), slice(3, 12), slice(60, 140)):
+        part = backend.ops.gemm_grad_input(dy[rows], w, 700, 130, desc, cases.BATCH_INVARIANT)
+        assert torch.equal(part, whole[rows]), rows
+
+
 def test_a_weight_may_not_start_between_vectors(backend: Any) -> None:
     p = Problem(INT4, 3, 64, 64, torch.float16)
     w = pack(backend, p.weight)
