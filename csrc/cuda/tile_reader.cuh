@@ -22,6 +22,15 @@ inline constexpr int kReaderRows = 8;  // g, g + 8, ..., g + 56
 // Codes of eight rows at k and k + 1: row g + 8j is word j / 2, its code of k + e at bit 16e + (j % 2) * row_shift.
 struct CodePairs {
   uint32_t low[4], high[4];  // high: zero where the format has one plane
+
+  // Moves the rows from the third on to the front, for loops that are not unrolled.
+  __device__ void drop_two() {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      low[i] = low[i + 1];
+      high[i] = high[i + 1];
+    }
+  }
 };
 
 class TileReader {

@@ -11,7 +11,19 @@ namespace {
 
 constexpr int kRows = 8;  // of dy
 
-// sums[4 * m + c] += dy[m, n] * w[n, column c of this lane], n over the lane's rows of one strip.
+// sums[4 * m + c] += dy[m, n] * weights[c].
+__device__ void add_products(const GemmParams& p, int64_t m0, int64_t n, const float (&weights)[4],
+                             float (&sums)[4 * kRows]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (!inside(m0 + i, int64_t{p.x.M})) continue;
+    const float dy = load_element(p.x.data, (m0 + i) * p.x.stride + n, p.x.type);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sums[4 * i + c] = ptx::fma_rn(dy, weights[c], sums[4 * i + c]);
+  }
+}
+
+// The same for the lane's rows of one strip, decoded.
 __device__ void add_strip(const GemmParams& p, const TileReader& reader, const float* nf4, int64_t strip,
                           int cell, int64_t m0, int lane, float (&sums)[4 * kRows]) {
   const int g = lane / 4, t = lane % 4;
@@ -26,26 +38,25 @@ __device__ void add_strip(const GemmParams& p, const TileReader& reader, const f
     const int32_t k = 16 * cell + 8 * half;
     group[half] = (inside(k, p.w.K) ? k : 16 * cell) / p.w.group_size;
   }
+#pragma unroll 1
+  for (int first = 0; first < kReaderRows; first += 2) {
 #pragma unroll
-  for (int j = 0; j < kReaderRows; ++j) {
-    const int64_t n = strip * kStripRows + g + 8 * j;
-    if (!inside(n, int64_t{p.w.N})) continue;
-    float weights[4];
+    for (int j = 0; j < 2; ++j) {
+      const int row = first + j;
+      const int64_t n = strip * kStripRows + g + 8 * row;
+      if (!inside(n, int64_t{p.w.N})) continue;
+      float weights[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const float scale = reader.scale(data, group[c / 2], g, j);
-      const float third = reader.third(data, group[c / 2], g, j);
-      const float value = code_value(p.w.format, reader.code(codes[c / 2], j, c % 2), nf4);
-      weights[c] = weight_value(value, scale, third, p.w.zero_kind, is_integer);
+      for (int c = 0; c < 4; ++c) {
+        const float scale = reader.scale(data, group[c / 2], g, row);
+        const float third = reader.third(data, group[c / 2], g, row);
+        const float value = code_value(p.w.format, reader.code(codes[c / 2], j, c % 2), nf4);
+        weights[c] = weight_value(value, scale, third, p.w.zero_kind, is_integer);
+      }
+      add_products(p, m0, n, weights, sums);
     }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (!inside(m0 + i, int64_t{p.x.M})) continue;
-      const float dy = load_element(p.x.data, (m0 + i) * p.x.stride + n, p.x.type);
-#pragma unroll
-      for (int c = 0; c < 4; ++c)
-        sums[4 * i + c] = ptx::fma_rn(dy, weights[c], sums[4 * i + c]);
-    }
+    codes[0].drop_two();
+    codes[1].drop_two();
   }
 }
 
