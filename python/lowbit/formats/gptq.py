@@ -229,11 +229,10 @@ def marlin_shape(module: Module, words: TensorInfo, scales: TensorInfo) -> tuple
 
 
 def marlin_group(module: Module, K: int, G: int, group_size: int) -> int:
-    """The group size, which must give G groups."""
+    """The group size, which must give G groups of equal size."""
     if group_size == -1 or group_size >= K:
         group_size = -1
-    wanted = 1 if group_size == -1 else -(-K // group_size)
-    if wanted != G:
+    if (K if group_size == -1 else group_size) * G != K:
         raise module.fail(f"the scales have {G} groups for K={K}, the config says group_size={group_size}")
     return group_size
 
