@@ -37,7 +37,9 @@ class TileReader {
  public:
   __device__ explicit TileReader(const WeightParams& w)
       : w_(w),
-        low_log_(w.bits >= 8 ? 3 : w.bits >= 4 ? 2 : 1),
+        low_log_(w.bits >= 8   ? 3
+                 : w.bits >= 4 ? 2
+                               : 1),
         high_bits_(w.bits - (1 << low_log_)),
         high_log_(high_bits_ == 2 ? 1 : 0) {}
 
@@ -46,7 +48,8 @@ class TileReader {
   // The pair that begins at k = 16 * cell + 8 * half + 2 * t; cells count from the strip's first.
   __device__ CodePairs pairs(const uint8_t* strip, int cell, int half, int g, int t) const {
     const uint8_t* tile = strip + static_cast<int64_t>(cell / 8) * w_.tile_bytes;
-    const int lane = 4 * g + t, first = cell % 8 * 4 + 2 * half;  // register g of the pair, among the tile's 32
+    const int lane = 4 * g + t,
+              first = cell % 8 * 4 + 2 * half;  // register g of the pair, among the tile's 32
     CodePairs codes{};
     load(tile, low_log_, first, lane, codes.low);
     if (high_bits_ > 0)
@@ -88,7 +91,8 @@ class TileReader {
 
  private:
   // A plane of 2^log bits: its vector `first` / fields of this lane, shifted so that the pair's fields are lowest.
-  __device__ void load(const uint8_t* plane, int log, int first, int lane, uint32_t (&to)[4]) const {
+  __device__ void load(const uint8_t* plane, int log, int first, int lane,
+                       uint32_t (&to)[4]) const {
     const int fields_log = 4 - log;  // 16 bits hold 2^fields_log
     const int vector = first >> fields_log;
     const int shift = (first & ((1 << fields_log) - 1)) << log;
@@ -103,7 +107,8 @@ class TileReader {
   }
   __device__ int64_t row_of(int64_t group, int64_t offset, int64_t row_bytes) const {
     if (w_.groups_per_tile == 0) return offset + group * row_bytes;
-    return group / w_.groups_per_tile * w_.tile_bytes + offset + group % w_.groups_per_tile * row_bytes;
+    return group / w_.groups_per_tile * w_.tile_bytes + offset +
+           group % w_.groups_per_tile * row_bytes;
   }
 
   const WeightParams& w_;
@@ -144,7 +149,8 @@ __device__ inline float code_value(Format format, uint32_t q, const float* nf4) 
 }
 
 // The weight, every operation rounded as on the CPU. `third` is TileReader::third().
-__device__ inline float weight_value(float value, float scale, float third, ZeroKind kind, bool is_integer) {
+__device__ inline float weight_value(float value, float scale, float third, ZeroKind kind,
+                                     bool is_integer) {
   if (!is_integer) return ptx::mul_rn(value, scale);
   if (kind == ZeroKind::kOffset) return ptx::add_rn(ptx::mul_rn(value, scale), third);
   return ptx::mul_rn(ptx::sub_rn(value, third), scale);

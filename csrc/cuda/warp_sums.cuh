@@ -24,7 +24,8 @@ template <int kWarps, int kFragments, int kBlocks8, int kCount>
 __device__ void add_warps(const float (&sums)[kFragments][kBlocks8][4], int warp, int lane,
                           float (&values)[kCount]) {
   constexpr int tokens = 8 * kBlocks8;
-  static_assert(kCount == 2 * tokens / kWarps && tokens % kWarps == 0, "whole tokens for every warp");
+  static_assert(kCount == 2 * tokens / kWarps && tokens % kWarps == 0,
+                "whole tokens for every warp");
   float* exchange = reinterpret_cast<float*>(dynamic_shared());
   ptx::sync_block();  // the exchange lies over rings that other warps may still read
 #pragma unroll
@@ -52,8 +53,8 @@ __device__ void add_warps(const float (&sums)[kFragments][kBlocks8][4], int warp
 // y[m .. m + 8 * kBlocks8, n .. n + 64) = sums + bias, where m < M and n < N. Eight tokens at a time through `turned`
 // (8 * kPaddedRows floats of the warp's own): D has neighbouring tokens in a lane, y has neighbouring rows in memory.
 template <int kFragments, int kBlocks8>
-__device__ void store_sums(const OutParams& y, int64_t m, int64_t M, int64_t n, int64_t N, int lane, float* turned,
-                           const float (&sums)[kFragments][kBlocks8][4]) {
+__device__ void store_sums(const OutParams& y, int64_t m, int64_t M, int64_t n, int64_t N, int lane,
+                           float* turned, const float (&sums)[kFragments][kBlocks8][4]) {
   const int first = lane % 8 * 8;
   float bias[8];
   load_bias(y, n + first, N, bias);

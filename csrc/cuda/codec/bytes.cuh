@@ -17,8 +17,8 @@ namespace lowbit::cuda {
 
 // 16 bytes of x in the order above: word t for the lanes of that t.
 __device__ inline uint4 order_bytes(const uint4& x) {
-  return make_uint4(ptx::prmt(x.x, x.z, 0x5140u), ptx::prmt(x.x, x.z, 0x7362u), ptx::prmt(x.y, x.w, 0x5140u),
-                    ptx::prmt(x.y, x.w, 0x7362u));
+  return make_uint4(ptx::prmt(x.x, x.z, 0x5140u), ptx::prmt(x.x, x.z, 0x7362u),
+                    ptx::prmt(x.y, x.w, 0x5140u), ptx::prmt(x.y, x.w, 0x7362u));
 }
 
 // A byte per code, row g + 8 * kRow of a fragment, for formats of eight bits.
@@ -41,7 +41,8 @@ struct SignedBytes {
       return whole_bytes<kRow>(words, fragment) ^ 0x80808080u;
     } else {
       uint32_t bytes = plane<P::kLow, kShift, kRow>(words.word[0][fragment], 0x80808080u);
-      if constexpr (P::kHigh > 0) bytes = plane<P::kHigh, 8 - P::kHigh, kRow>(words.word[1][fragment], bytes);
+      if constexpr (P::kHigh > 0)
+        bytes = plane<P::kHigh, 8 - P::kHigh, kRow>(words.word[1][fragment], bytes);
       return bytes;
     }
   }
@@ -55,8 +56,9 @@ struct SignedBytes {
     if constexpr (kBits == 4) {
       return mask_xor(shift_up<kAt - 4 * kRow>(word), field * 0x01010101u, onto);
     } else {
-      const uint32_t first = mask_xor(shift_up<kAt - kBits * kRow>(word), field * 0x00010001u, onto);
-      return mask_xor(shift_up<kAt + 8 - kBits * (kRow + 2)>(word), field * 0x01000100u, first);
+      const uint32_t first =
+          mask_xor(shift_up<kAt - kBits * kRow>(word), field * 0x00010001u, onto);
+      return mask_xor(shift_up<kAt + 8 - kBits*(kRow + 2)>(word), field * 0x01000100u, first);
     }
   }
   // (a & mask) ^ b in one instruction.

@@ -52,10 +52,13 @@ template <int kTokens, int kThreads>
 struct TokenBytes {
   static constexpr int kPieces = kTokens * kBytePieces;
   static constexpr int kEach = kPieces / kThreads;
-  static_assert(kPieces % kThreads == 0 && kThreads % kBytePieces == 0, "each thread one column of pieces");
+  static_assert(kPieces % kThreads == 0 && kThreads % kBytePieces == 0,
+                "each thread one column of pieces");
 
   static __device__ int cell(int thread) { return thread % kBytePieces; }
-  static __device__ int token(int thread, int j) { return thread / kBytePieces + j * (kThreads / kBytePieces); }
+  static __device__ int token(int thread, int j) {
+    return thread / kBytePieces + j * (kThreads / kBytePieces);
+  }
   // Bytes of this thread's pieces that lie before K.
   static __device__ int wanted(int K, int step, int thread) {
     const int left = K - step * kStep - 16 * cell(thread);
@@ -63,7 +66,8 @@ struct TokenBytes {
   }
 
   // Rows past M and columns past K become zeros, and are not read.
-  static __device__ void fetch(const RowsParams& x, int K, int m0, int step, int thread, uint8_t* to) {
+  static __device__ void fetch(const RowsParams& x, int K, int m0, int step, int thread,
+                               uint8_t* to) {
     const int columns = wanted(K, step, thread);
     const uint8_t* data = static_cast<const uint8_t*>(x.data);
 #pragma unroll
@@ -71,13 +75,15 @@ struct TokenBytes {
       const int row = token(thread, j);
       const int bytes = inside(m0 + row, x.M) ? columns : 0;
       const int64_t offset = (m0 + row) * x.stride + step * kStep + 16 * cell(thread);
-      ptx::cp_async_16(to + swizzled_cell(row, cell(thread)), data + (bytes > 0 ? offset : 0), bytes);
+      ptx::cp_async_16(to + swizzled_cell(row, cell(thread)), data + (bytes > 0 ? offset : 0),
+                       bytes);
     }
   }
 
   // After the wait for this thread's own copies. Where x has zeros, the bytes past K become `pad(token)`.
   template <class Math>
-  static __device__ void arrange(const Math& math, int K, int m0, int step, int thread, uint8_t* in) {
+  static __device__ void arrange(const Math& math, int K, int m0, int step, int thread,
+                                 uint8_t* in) {
     const int columns = wanted(K, step, thread);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
@@ -101,7 +107,8 @@ struct TokenBytes {
 
 // Scales of x for the tokens that a lane has in D: 8b + 2t and the next. One per token, or that of k's group of 128.
 template <int kBlocks8>
-__device__ void load_x_scales(const RowsParams& x, int m, int lane, int k, float (&to)[kBlocks8][2]) {
+__device__ void load_x_scales(const RowsParams& x, int m, int lane, int k,
+                              float (&to)[kBlocks8][2]) {
 #pragma unroll
   for (int j = 0; j < 2 * kBlocks8; ++j) {
     const int token = m + 8 * (j / 2) + 2 * (lane % 4) + j % 2;
@@ -113,7 +120,8 @@ __device__ void load_x_scales(const RowsParams& x, int m, int lane, int k, float
 // sums += parts * scale of the row's group (* scale of the token's), parts = 0. `k` is the last that parts hold.
 template <Format kFormat, class Part, int kBlocks8>
 __device__ void add_scaled(const GemmParams& p, const GroupRows& rows, int m, int lane, int k,
-                           float (&sums)[kFragments][kBlocks8][4], Part (&parts)[kFragments][kBlocks8][4]) {
+                           float (&sums)[kFragments][kBlocks8][4],
+                           Part (&parts)[kFragments][kBlocks8][4]) {
   const bool by_group = p.x.scale_groups > 1;  // else tokens are scaled once, at the end
   float x_scale[kBlocks8][2];
   if (by_group) load_x_scales(p.x, m, lane, k, x_scale);
@@ -142,7 +150,8 @@ __device__ void load_token_bytes(const uint8_t* x, int token, int lane, int cell
   for (int j = 0; j < kBlocks8 * kCells; j += 4) {
     const int matrix = j + lane / 8;
     uint32_t four[4];
-    ptx::ldmatrix_x4(four, x + swizzled_cell(token + matrix / kCells * 8 + lane % 8, cell + (two ? matrix % kCells : 0)));
+    ptx::ldmatrix_x4(four, x + swizzled_cell(token + matrix / kCells * 8 + lane % 8,
+                                             cell + (two ? matrix % kCells : 0)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[(j + i) / kCells][(j + i) % kCells] = four[i];
   }
@@ -168,7 +177,8 @@ class A8Warp {
   static constexpr int kTokens = kShape.tokens / kShape.warps_m;  // of a warp
   static constexpr int kBlocks8 = kTokens / 8;
   static_assert(kShape.step == kStep, "steps of half a tile");
-  static_assert(kTurns ? kStrips == 1 && kShape.warps_m == 1 : kShape.warps_n == kStrips && kShape.warps_k == 1,
+  static_assert(kTurns ? kStrips == 1 && kShape.warps_m == 1
+                       : kShape.warps_n == kStrips && kShape.warps_k == 1,
                 "warps divide either the steps, or rows and tokens");
   using Math = MathOf<kFormat, kBlocks8>;
   using Sums = float[kFragments][kBlocks8][4];
@@ -194,8 +204,9 @@ class A8Warp {
     m0_ = segment.tile_m * kShape.tokens;
     const int m = m0_ + first_token();
     Math math(p_, lane_, m);
-    Parts parts = {};  // of a group; both live no longer than this, and leave their registers to what follows
-    int count = 0;     // k in parts
+    Parts parts =
+        {};  // of a group; both live no longer than this, and leave their registers to what follows
+    int count = 0;  // k in parts
     const bool has_rows = inside(segment.tile_n * kStrips + strip_, p_.w.strips);
     int step = segment.first + (kTurns ? warp_ : 0), read = 0;
     for (int j = 0; j < p_.stages - 1; ++j) fetch(segment, step + j * turns, j);
@@ -205,7 +216,8 @@ class A8Warp {
       Bytes::arrange(math, p_.w.K, m0_, step, member_, stage + layout_.x);
       sync_team();  // x is in order, all copies are here, and every warp is done with the stage refilled next
       fetch(segment, step + (p_.stages - 1) * turns, read == 0 ? p_.stages - 1 : read - 1);
-      if (has_rows) multiply_step(stage, step, kTurns || step + 1 == segment.last, math, parts, count, sums);
+      if (has_rows)
+        multiply_step(stage, step, kTurns || step + 1 == segment.last, math, parts, count, sums);
       read = read + 1 == p_.stages ? 0 : read + 1;
     }
     ptx::cp_async_wait<0>();
@@ -236,8 +248,9 @@ class A8Warp {
       // A thread copies for the strip of its share of the team, which need not be the one that its warp multiplies.
       const int place = member_ / kStripThreads, strip = segment.tile_n * kStrips + place;
       if (inside(strip, p_.w.strips))
-        weights_.fetch(weights_.tile(strip, step), static_cast<uint32_t>(step % Weights::kTileSteps), step,
-                       codes(stage, place), scales(stage, place), zeros(stage, place));
+        weights_.fetch(weights_.tile(strip, step),
+                       static_cast<uint32_t>(step % Weights::kTileSteps), step, codes(stage, place),
+                       scales(stage, place), zeros(stage, place));
       Bytes::fetch(p_.x, p_.w.K, m0_, step, member_, stage + layout_.x);
     }
     ptx::cp_async_commit();
@@ -257,8 +270,8 @@ class A8Warp {
   }
 
   // Cells by ones or twos, never across the end of a group. A loop that is not unrolled, because its body is long.
-  __device__ void multiply_step(const uint8_t* stage, int step, bool last, Math& math, Parts& parts, int& count,
-                                Sums& sums) const {
+  __device__ void multiply_step(const uint8_t* stage, int step, bool last, Math& math, Parts& parts,
+                                int& count, Sums& sums) const {
     const int first_group = group_of_(step * kStepCells);
     const int left = cells_ - step * kStepCells, cells = left < kStepCells ? left : kStepCells;
     StepPart part{codes(stage, strip_), stage + layout_.x, first_token(), 0, 0, step * kStep};
@@ -365,8 +378,9 @@ template <template <Format, int> class MathOf, Format kFormat, int kTile>
 void start_a8(const GemmParams& p, Stream stream) {
   constexpr Tile tile = kTiles[kTile];
   const StageLayout layout = stage_layout(tile, p.w);
-  launch(tile.name, a8_kernel<MathOf, kFormat, kTile>, Grid{static_cast<uint32_t>(p.schedule.blocks)},
-         tile.threads(), shared_bytes(tile, layout, p.stages), stream, p, layout);
+  launch(tile.name, a8_kernel<MathOf, kFormat, kTile>,
+         Grid{static_cast<uint32_t>(p.schedule.blocks)}, tile.threads(),
+         shared_bytes(tile, layout, p.stages), stream, p, layout);
 }
 
 }  // namespace lowbit::cuda

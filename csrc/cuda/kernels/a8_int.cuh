@@ -34,7 +34,7 @@ class IntMath {
 
   __device__ void multiply(const uint8_t* codes, const GroupRows&, int cell, bool two,
                            const uint32_t (&b)[kBlocks8][2], Parts& parts) const {
-    for_each_fragment(codes, cell, two, [&](int i, const uint32_t(&a)[4]) {
+    for_each_fragment(codes, cell, two, [&](int i, const uint32_t (&a)[4]) {
 #pragma unroll
       for (int j = 0; j < kBlocks8; ++j) ptx::mma_s8(parts[i][j], a, b[j][0], b[j][1]);
     });
@@ -47,7 +47,9 @@ class IntMath {
     if (!has_zeros && !has_x_zeros) return;
     uint2 bytes = make_uint2(kMiddle * 0x01010101u, kMiddle * 0x01010101u);
     if (has_zeros) bytes = *reinterpret_cast<const uint2*>(rows.zeros + 8 * (lane_ / 4));
-    const auto zero = [&](int row) { return (row < 4 ? bytes.x : bytes.y) >> (8 * (row % 4)) & 0xffu; };
+    const auto zero = [&](int row) {
+      return (row < 4 ? bytes.x : bytes.y) >> (8 * (row % 4)) & 0xffu;
+    };
     uint32_t code_sums[kLaneRows] = {};
     if (has_x_zeros) {
       sum_codes(part, code_sums);
@@ -55,7 +57,8 @@ class IntMath {
       const uint32_t count = static_cast<uint32_t>(kCellK * (part.last - part.first));
       const uint32_t real = count - static_cast<uint32_t>(past);
 #pragma unroll
-      for (int row = 0; row < kLaneRows; ++row) code_sums[row] += (kMiddle * count - zero(row) * real) << kShift;
+      for (int row = 0; row < kLaneRows; ++row)
+        code_sums[row] += (kMiddle * count - zero(row) * real) << kShift;
     }
     uint32_t x_sums[kBlocks8][2] = {};
     if (has_zeros) sum_tokens(part, x_sums);
@@ -65,7 +68,8 @@ class IntMath {
 #pragma unroll
       for (int row = 0; row < kLaneRows; ++row) {
         int32_t& sum = parts[row / 2][j / 2][2 * (row % 2) + j % 2];
-        sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + (kMiddle - zero(row)) * x_sums[j / 2][j % 2] -
+        sum = static_cast<int32_t>(static_cast<uint32_t>(sum) +
+                                   (kMiddle - zero(row)) * x_sums[j / 2][j % 2] -
                                    x_zero * code_sums[row]);
       }
     }
@@ -87,7 +91,8 @@ class IntMath {
     const uint32_t second = two ? 0xffffffffu : 0u;
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
-      const uint32_t a[4] = {Bytes::template row<0>(words[0], i), Bytes::template row<1>(words[0], i),
+      const uint32_t a[4] = {Bytes::template row<0>(words[0], i),
+                             Bytes::template row<1>(words[0], i),
                              Bytes::template row<0>(words[1], i) & second,
                              Bytes::template row<1>(words[1], i) & second};
       run(i, a);
@@ -98,12 +103,13 @@ class IntMath {
   __device__ void sum_codes(const StepPart& part, uint32_t (&sums)[kLaneRows]) const {
 #pragma unroll 1
     for (int cell = part.first; cell < part.last; cell += 2) {
-      for_each_fragment(part.codes, cell, inside(cell + 1, part.last), [&](int i, const uint32_t(&a)[4]) {
-        int32_t d[4] = {};  // every column the same
-        ptx::mma_s8(d, a, 0x01010101u, 0x01010101u);
-        sums[2 * i] += static_cast<uint32_t>(d[0]);
-        sums[2 * i + 1] += static_cast<uint32_t>(d[2]);
-      });
+      for_each_fragment(part.codes, cell, inside(cell + 1, part.last),
+                        [&](int i, const uint32_t (&a)[4]) {
+                          int32_t d[4] = {};  // every column the same
+                          ptx::mma_s8(d, a, 0x01010101u, 0x01010101u);
+                          sums[2 * i] += static_cast<uint32_t>(d[0]);
+                          sums[2 * i + 1] += static_cast<uint32_t>(d[2]);
+                        });
     }
   }
 

@@ -12,8 +12,8 @@
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kSpan = 64;              // k that a warp reads at once
-constexpr int kMostExact = 32768;      // k of an int32 sum
+constexpr int kSpan = 64;          // k that a warp reads at once
+constexpr int kMostExact = 32768;  // k of an int32 sum
 
 // Four rows of x, from m0 on; rows past the last one are the last one again, and not stored.
 class Tokens {
@@ -136,7 +136,8 @@ __device__ float dot_floats(const WeightParams& w, const TileReader& reader, con
 }
 
 __device__ float dot_integers(const WeightParams& w, const RowsParams& rows_of_x,
-                              const TileReader& reader, const Rows& rows, const Tokens& x, int lane) {
+                              const TileReader& reader, const Rows& rows, const Tokens& x,
+                              int lane) {
   float total = 0.0f;
   int32_t end = 0;
   for (int32_t begin = 0; begin < w.K; begin = end) {
@@ -158,8 +159,7 @@ __device__ float dot_integers(const WeightParams& w, const RowsParams& rows_of_x
 
 // kExact: int32 sums.
 template <bool kExact>
-__global__ void __launch_bounds__(32 * kGeneralWarps)
-    general_kernel(const GemmParams p) {
+__global__ void __launch_bounds__(32 * kGeneralWarps) general_kernel(const GemmParams p) {
   const float* nf4 = shared_levels();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const TileReader reader(p.w);
@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(32 * kGeneralWarps)
 
 // Whether products of codes are integers whose groups of x do not cross those that perm sorts columns by.
 bool is_exact(const GemmParams& p) {
-  return p.x.type == Element::kInt8 && static_cast<int>(p.w.format) <= static_cast<int>(Format::kInt8) &&
+  return p.x.type == Element::kInt8 &&
+         static_cast<int>(p.w.format) <= static_cast<int>(Format::kInt8) &&
          (p.w.zero_kind == ZeroKind::kNone || p.w.zero_kind == ZeroKind::kInt) &&
          (p.w.perm == nullptr || p.x.scale_groups <= 1);
 }

@@ -24,8 +24,8 @@ __device__ void add_products(const GemmParams& p, int64_t m0, int64_t n, const f
 }
 
 // The same for the lane's rows of one strip, decoded.
-__device__ void add_strip(const GemmParams& p, const TileReader& reader, const float* nf4, int64_t strip,
-                          int cell, int64_t m0, int lane, float (&sums)[4 * kRows]) {
+__device__ void add_strip(const GemmParams& p, const TileReader& reader, const float* nf4,
+                          int64_t strip, int cell, int64_t m0, int lane, float (&sums)[4 * kRows]) {
   const int g = lane / 4, t = lane % 4;
   const uint8_t* data = reader.strip(strip);
   const bool is_integer = reader.is_integer();

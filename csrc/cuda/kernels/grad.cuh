@@ -35,15 +35,19 @@ template <Format kFormat, class T>
 class GradWarp {
  public:
   static constexpr Tile kShape = kTiles[kGradTile];
-  static constexpr int kHalves = kShape.rows / kStep;  // of the block's columns: as far as a step of the layout goes
+  // Of the block's columns: as far as a step of the layout goes.
+  static constexpr int kHalves = kShape.rows / kStep;
   static constexpr int kHalfThreads = kShape.threads() / kHalves;
   static constexpr int kCells = kShape.rows / kCellK / kShape.warps();  // of a warp
   static constexpr int kTokens16 = kShape.tokens / 16;
-  static_assert(kShape.step == kStripRows && kStripRows == kStep, "a step is a strip, and 64 columns of dy");
-  static_assert(kHalves * kStep == kShape.rows && kStepCells % kCells == 0, "a warp stays in one half");
+  static_assert(kShape.step == kStripRows && kStripRows == kStep,
+                "a step is a strip, and 64 columns of dy");
+  static_assert(kHalves * kStep == kShape.rows && kStepCells % kCells == 0,
+                "a warp stays in one half");
   using Words = typename Codec<kFormat>::Words;
   using Weights = StripFetcher<kFormat, kHalfThreads, Reuse::kTokens>;
-  using Sums = float[kTokens16][kCells][2][4];  // [16 tokens][16 columns][8 columns of them][register of D]
+  // [16 tokens][16 columns][8 columns of them][register of D]
+  using Sums = float[kTokens16][kCells][2][4];
 
   __device__ GradWarp(const GemmParams& p, const StageLayout& layout)
       : p_(p),
@@ -61,12 +65,14 @@ class GradWarp {
   __device__ void multiply(const Segment& segment, Sums& sums) {
     for_each_value(sums, 0, [](float& v, int) { v = 0.0f; });
     locate(segment);
-    tokens_.start(segment.tile_m * kShape.tokens, dynamic_shared() + layout_.x, p_.stages, layout_.bytes);
+    tokens_.start(segment.tile_m * kShape.tokens, dynamic_shared() + layout_.x, p_.stages,
+                  layout_.bytes);
     int fetched = segment.first, filled = 0, read = 0;
     for (int j = 0; j < p_.stages - 1; ++j) fetch(segment, fetched, filled);
     for (int strip = segment.first; strip < segment.last; ++strip) {
       wait_for_oldest(p_.stages);
-      ptx::sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
+      // Every thread's copies are here, and every warp is done with the stage refilled next.
+      ptx::sync_block();
       fetch(segment, fetched, filled);
       multiply_strip(dynamic_shared() + read * layout_.bytes, sums);
       advance(read);
@@ -80,7 +86,8 @@ class GradWarp {
     constexpr int columns = kCells * kCellK, stride = columns + 2;
     static_assert(16 * stride <= 8 * kPaddedRows, "a warp's part of the exchange (stages.h)");
     const int g = lane_ / 4, t = lane_ % 4;
-    float* turned = reinterpret_cast<float*>(dynamic_shared()) + threadIdx.x / 32 * (8 * kPaddedRows);
+    float* turned =
+        reinterpret_cast<float*>(dynamic_shared()) + threadIdx.x / 32 * (8 * kPaddedRows);
     const int64_t k = int64_t{step_of(segment, half_)} * kStep + first_cell_ * kCellK;
     const int64_t m = int64_t{segment.tile_m} * kShape.tokens;
     constexpr float no_bias[8] = {};
@@ -88,7 +95,7 @@ class GradWarp {
     for (int i = 0; i < kTokens16; ++i) {
 #pragma unroll
       for (int j = 0; j < 2 * kCells; ++j) {  // 8 columns: k 2t, 2t + 1 of the tokens g and g + 8
-        const float(&d)[4] = sums[i][j / 2][j % 2];
+        const float (&d)[4] = sums[i][j / 2][j % 2];
         float* to = turned + g * stride + 8 * j + 2 * t;
         *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
         *reinterpret_cast<float2*>(to + 8 * stride) = make_float2(d[2], d[3]);
@@ -98,7 +105,8 @@ class GradWarp {
       for (int j = lane_; j < 16 * columns / 8; j += 32) {
         const int token = j / (columns / 8), first = j % (columns / 8) * 8;
         if (inside(m + 16 * i + token, p_.x.M))
-          store_row(p_.y, m + 16 * i + token, k + first, p_.w.K, turned + token * stride + first, no_bias);
+          store_row(p_.y, m + 16 * i + token, k + first, p_.w.K, turned + token * stride + first,
+                    no_bias);
       }
       ptx::sync_warp();
     }
@@ -132,8 +140,8 @@ class GradWarp {
       uint8_t* stage = dynamic_shared() + slot * layout_.bytes;
       const int step = step_of(segment, half_);
       if (inside(step * kStepCells, cells_)) {
-        weights_.fetch(weights_.tile(strip, step), static_cast<uint32_t>(step % Weights::kTileSteps), step,
-                       codes(stage),
+        weights_.fetch(weights_.tile(strip, step),
+                       static_cast<uint32_t>(step % Weights::kTileSteps), step, codes(stage),
                        stage + layout_.scales + half_ * layout_.groups * p_.w.scale_row_bytes,
                        stage + layout_.zeros + half_ * layout_.groups * p_.w.zero_row_bytes);
       }
@@ -154,7 +162,8 @@ class GradWarp {
     const int matrix = lane_ / 8;
 #pragma unroll
     for (int i = 0; i < kTokens16; ++i)
-      ptx::ldmatrix_x4(a[i], x + swizzled(16 * i + lane_ % 8 + matrix % 2 * 8, 2 * fragment + matrix / 2));
+      ptx::ldmatrix_x4(
+          a[i], x + swizzled(16 * i + lane_ % 8 + matrix % 2 * 8, 2 * fragment + matrix / 2));
   }
 
   __device__ void multiply_strip(const uint8_t* stage, Sums& sums) const {
@@ -194,15 +203,18 @@ class GradWarp {
 
   // The first fragment of `words`, which is `fragment` of cell c, decoded and scaled. Its two rows' constants come from
   // shared memory: they are as many as the strip has rows, and the sums leave no registers to keep them in.
-  __device__ void decode(const uint8_t* stage, const Words& words, int c, int fragment, uint32_t (&a)[4]) const {
+  __device__ void decode(const uint8_t* stage, const Words& words, int c, int fragment,
+                         uint32_t (&a)[4]) const {
     const bool block = is_block<kFormat>(p_.w);
     const int g = lane_ / 4, rows_before = 2 * fragment;
-    const GroupRows rows{stage + scales_at_[c] + (block ? 0 : rows_before * p_.w.scale_row_bytes / kStripRows),
-                         stage + zeros_at_[c] + rows_before * p_.w.zero_row_bytes / kStripRows};
+    const GroupRows rows{
+        stage + scales_at_[c] + (block ? 0 : rows_before * p_.w.scale_row_bytes / kStripRows),
+        stage + zeros_at_[c] + rows_before * p_.w.zero_row_bytes / kStripRows};
     uint32_t zeros[2] = {};
     if constexpr (Codec<kFormat>::kInteger) {
       uint32_t z = p_.w.zero_kind == ZeroKind::kNone ? 0x0101u << (Planes<kFormat>::kBits - 1) : 0u;
-      if (p_.w.zero_kind == ZeroKind::kInt) z = *reinterpret_cast<const uint16_t*>(rows.zeros + 8 * g);
+      if (p_.w.zero_kind == ZeroKind::kInt)
+        z = *reinterpret_cast<const uint16_t*>(rows.zeros + 8 * g);
       zeros[0] = Codec<kFormat>::template zero<T>(z & 0xffu);
       zeros[1] = Codec<kFormat>::template zero<T>(z >> 8);
     }
@@ -212,7 +224,8 @@ class GradWarp {
       return;
     }
     const uint32_t pair = *reinterpret_cast<const uint32_t*>(rows.scales + (block ? 0 : 16 * g));
-    const uint32_t scales[kLaneRows] = {ptx::prmt(pair, 0u, 0x1010u), ptx::prmt(pair, 0u, block ? 0x1010u : 0x3232u)};
+    const uint32_t scales[kLaneRows] = {ptx::prmt(pair, 0u, 0x1010u),
+                                        ptx::prmt(pair, 0u, block ? 0x1010u : 0x3232u)};
     scale_pairs<kFormat, T>(words, 0, scales, a);
   }
 
@@ -226,7 +239,7 @@ class GradWarp {
   const Scaling16 scaling_;
   const Weights weights_;
   TokenFetcher<kShape.tokens, kShape.threads()> tokens_;
-  bool real_[kCells] = {};  // whether the cell begins before K
+  bool real_[kCells] = {};                              // whether the cell begins before K
   int scales_at_[kCells] = {}, zeros_at_[kCells] = {};  // bytes from the stage's start
 };
 
@@ -253,16 +266,16 @@ __global__ void __launch_bounds__(kTiles[kGradTile].threads(), kTiles[kGradTile]
 template <Format kFormat>
 void run_grad(const GemmParams& p, Stream stream);
 
-#define LOWBIT_INSTANTIATE_GRAD(format)                                                     \
-  template <>                                                                               \
-  void run_grad<format>(const GemmParams& p, Stream stream) {                               \
-    constexpr Tile tile = kTiles[kGradTile];                                                \
-    const StageLayout layout = stage_layout(tile, p.w);                                     \
-    with_type(tile.name, p.x.type, [&](auto type) {                                         \
-      launch(tile.name, grad_kernel<format, decltype(type)>,                                \
-             Grid{static_cast<uint32_t>(p.schedule.blocks)}, tile.threads(),                \
-             shared_bytes(tile, layout, p.stages), stream, p, layout);                      \
-    });                                                                                     \
+#define LOWBIT_INSTANTIATE_GRAD(format)                                      \
+  template <>                                                                \
+  void run_grad<format>(const GemmParams& p, Stream stream) {                \
+    constexpr Tile tile = kTiles[kGradTile];                                 \
+    const StageLayout layout = stage_layout(tile, p.w);                      \
+    with_type(tile.name, p.x.type, [&](auto type) {                          \
+      launch(tile.name, grad_kernel<format, decltype(type)>,                 \
+             Grid{static_cast<uint32_t>(p.schedule.blocks)}, tile.threads(), \
+             shared_bytes(tile, layout, p.stages), stream, p, layout);       \
+    });                                                                      \
   }
 
 }  // namespace lowbit::cuda
