@@ -11,7 +11,7 @@
 
 namespace lowbit::cuda {
 
-inline constexpr int kStep = 64;                 // K of a step
+inline constexpr int kStep = 64;  // K of a step
 inline constexpr int kStepCells = kStep / kCellK;
 inline constexpr int kRowPieces = kStep * 2 / 16;  // of 16 bytes, in a row of a step of x
 
@@ -159,8 +159,9 @@ class TokenFetcher {
   }
 
  private:
-  static constexpr int kEach = kTokens * kRowPieces / kThreads;  // pieces of a step, for each thread
-  static constexpr int kApart = kThreads / kRowPieces;           // rows between them
+  static constexpr int kEach =
+      kTokens * kRowPieces / kThreads;                  // pieces of a step, for each thread
+  static constexpr int kApart = kThreads / kRowPieces;  // rows between them
   static_assert(kEach * kApart == kTokens, "each thread has one column of pieces");
 
   // A copy of part of 16 bytes takes more instructions: only where K ends.

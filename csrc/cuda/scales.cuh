@@ -58,7 +58,8 @@ __device__ inline float2 load_two(const uint8_t* row, int position, ScaleDtype d
 
 // The eight numbers of a lane in fp32.
 template <Format kFormat>
-__device__ void load_eight(const WeightParams& w, const uint8_t* row, int g, float (&to)[kLaneRows]) {
+__device__ void load_eight(const WeightParams& w, const uint8_t* row, int g,
+                           float (&to)[kLaneRows]) {
   if (is_block<kFormat>(w)) {
     const float2 all = load_two(row, 0, w.scale_dtype, true);
 #pragma unroll
@@ -122,8 +123,8 @@ __device__ void load_zeros(const WeightParams& w, const uint8_t* row, int g,
 
 // How a scale reaches the product.
 enum class Scaling16 {
-  kSums,    // codes are multiplied as they are, a group's fp32 sums by its scale: nothing is rounded
-  kPairs,   // one multiplication in 16 bits: the exact product of code and scale, rounded once
+  kSums,   // codes are multiplied as they are, a group's fp32 sums by its scale: nothing is rounded
+  kPairs,  // one multiplication in 16 bits: the exact product of code and scale, rounded once
   kFloats,  // the formula in fp32, rounded once: fractional zeros, offsets, scales of another type
 };
 

@@ -52,8 +52,7 @@ class Share {
 
 // Where block b keeps its part of the tile that begins at step `begin`. A range cuts at most two tiles: the one in whose
 // middle it begins, and the one in whose middle it ends.
-__device__ inline float* partial_slot(const Schedule& s, int64_t block, int64_t begin,
-                                      int values) {
+__device__ inline float* partial_slot(const Schedule& s, int64_t block, int64_t begin, int values) {
   const int64_t slot = 2 * block + (range_begin(s, block) <= begin ? 1 : 0);
   return s.partials + slot * values;
 }
@@ -66,8 +65,7 @@ __device__ void for_each_value(float& value, int j, F f) {
 template <class Element, int kCount, class F>
 __device__ void for_each_value(Element (&values)[kCount], int j, F f) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    for_each_value(values[i], j * kCount + i, f);
+  for (int i = 0; i < kCount; ++i) for_each_value(values[i], j * kCount + i, f);
 }
 
 // Turns a block's part of a shared tile, an array of fp32 in each of kThreads threads, into the tile's sum. True in all

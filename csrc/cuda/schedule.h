@@ -27,8 +27,8 @@ constexpr bool shares_tiles(const Schedule& s) {
 
 // What sharing a tile may cost.
 struct Sharing {
-  int slots;         // blocks that run at once: multiprocessors times the blocks that each holds
-  int min_steps;     // a block's share below which starting and summing take longer than the work
+  int slots;      // blocks that run at once: multiprocessors times the blocks that each holds
+  int min_steps;  // a block's share below which starting and summing take longer than the work
   int most_sharers;  // of one tile: the last of them to finish reads all partial sums alone; 1 = share nothing
 };
 

@@ -30,7 +30,10 @@ constexpr int step_groups(int64_t group_size, int step) {
 
 // Of one element of x.
 constexpr int x_bytes(const Tile& tile) {
-  return tile.kernel == Kernel::kA8Int || tile.kernel == Kernel::kA8Fp8 || tile.kernel == Kernel::kA8Decode ? 1 : 2;
+  return tile.kernel == Kernel::kA8Int || tile.kernel == Kernel::kA8Fp8 ||
+                 tile.kernel == Kernel::kA8Decode
+             ? 1
+             : 2;
 }
 
 // `Weight` is CudaTile64 or WeightParams.
@@ -54,7 +57,8 @@ constexpr int rings(const Tile& tile) { return takes_turns(tile) ? tile.warps() 
 // Sums that change hands between warps when all steps are done, and a word for the election (schedule.cuh).
 //   turns    all sums of every warp, [tokens][64 rows], to be added in the order of warps
 //   others   where two slices of K meet, half the sums of every warp; then, 8 tokens at a time, sums on their way to y
-inline constexpr int kPaddedRows = kStripRows + 4;  // the four spread a warp's fragment over all banks
+inline constexpr int kPaddedRows =
+    kStripRows + 4;  // the four spread a warp's fragment over all banks
 constexpr int64_t exchange_bytes(const Tile& tile) {
   const int64_t tokens = tile.tokens / tile.warps_m;
   const int64_t stored = 8 * kPaddedRows * 4;

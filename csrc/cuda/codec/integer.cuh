@@ -15,8 +15,7 @@ __device__ uint32_t integer_field(const CellWords<Planes<kFormat>::kWords>& word
   if constexpr (P::kLow == 8) {
     return and_or(words.word[kRegister / 2][fragment] >> (8 * (kRegister % 2)), low_mask, magic);
   } else {
-    const uint32_t low =
-        and_or(words.word[0][fragment] >> (P::kLow * kRegister), low_mask, magic);
+    const uint32_t low = and_or(words.word[0][fragment] >> (P::kLow * kRegister), low_mask, magic);
     if constexpr (P::kHigh == 0) {
       return low;
     } else {
@@ -41,8 +40,8 @@ struct IntegerCodec {
   }
 
   template <class T>
-  static __device__ void decode(const Words& words, int fragment, uint32_t zero_g,
-                                uint32_t zero_g8, uint32_t (&a)[4]) {
+  static __device__ void decode(const Words& words, int fragment, uint32_t zero_g, uint32_t zero_g8,
+                                uint32_t (&a)[4]) {
     constexpr uint32_t magic = twice(T::bits(1 << T::kMantissaBits));
     a[0] = add<T>(integer_field<kFormat, 0>(words, fragment, magic), zero_g);
     a[1] = add<T>(integer_field<kFormat, 1>(words, fragment, magic), zero_g8);
@@ -59,7 +58,8 @@ template <>
 struct Codec<Format::kInt8> : IntegerCodec<Format::kInt8> {
   static __device__ uint32_t minus_128(uint32_t q) {
     const uint32_t low = and_or(q, 0x007f007fu, twice(BFloat16::bits(128)));
-    const uint32_t top = ptx::lop3<0x6a>(q, 0x00800080u, twice(BFloat16::bits(-256)));  // (a & b) ^ c
+    const uint32_t top =
+        ptx::lop3<0x6a>(q, 0x00800080u, twice(BFloat16::bits(-256)));  // (a & b) ^ c
     return add<BFloat16>(low, top);
   }
 
@@ -73,8 +73,8 @@ struct Codec<Format::kInt8> : IntegerCodec<Format::kInt8> {
   }
 
   template <class T>
-  static __device__ void decode(const Words& words, int fragment, uint32_t zero_g,
-                                uint32_t zero_g8, uint32_t (&a)[4]) {
+  static __device__ void decode(const Words& words, int fragment, uint32_t zero_g, uint32_t zero_g8,
+                                uint32_t (&a)[4]) {
     if constexpr (T::kMantissaBits >= 8) {
       IntegerCodec<Format::kInt8>::decode<T>(words, fragment, zero_g, zero_g8, a);
     } else {

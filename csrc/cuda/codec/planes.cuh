@@ -35,9 +35,11 @@ constexpr int bits_of(Format format) {
 template <Format kFormat>
 struct Planes {
   static constexpr int kBits = bits_of(kFormat);
-  static constexpr int kLow = kBits >= 8 ? 8 : kBits >= 4 ? 4 : 2;  // bits of a code in the first plane
-  static constexpr int kHigh = kBits - kLow;                        // and in the second; 0: there is none
-  static constexpr int kWords = kLow == 8 || kHigh > 0 ? 2 : 1;     // of a lane in a fragment
+  static constexpr int kLow = kBits >= 8   ? 8
+                              : kBits >= 4 ? 4
+                                           : 2;  // bits of a code in the first plane
+  static constexpr int kHigh = kBits - kLow;     // and in the second; 0: there is none
+  static constexpr int kWords = kLow == 8 || kHigh > 0 ? 2 : 1;  // of a lane in a fragment
   static constexpr int kCellBytes = kStripRows * kCellK * kBits / 8;
 };
 

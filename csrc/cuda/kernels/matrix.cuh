@@ -30,6 +30,7 @@
 #include "cuda/scales.cuh"
 #include "cuda/schedule.cuh"
 #include "cuda/stages.h"
+#include "cuda/warp_sums.cuh"
 
 namespace lowbit::cuda {
 
@@ -40,10 +41,12 @@ class MatrixWarp {
   static constexpr int kStrips = kShape.rows / kStripRows;
   static constexpr int kTokens = kShape.tokens / kShape.warps_m;  // of a warp
   static constexpr int kBlocks8 = kTokens / 8;                    // of tokens, as mma takes them
-  static constexpr int kOwn8 = kBlocks8 / kShape.warps_k;         // of those, the ones that a warp sums and stores
-  static constexpr int kCells = kStepCells / kShape.warps_k;      // of a step, that a warp multiplies
+  static constexpr int kOwn8 =
+      kBlocks8 / kShape.warps_k;  // of those, the ones that a warp sums and stores
+  static constexpr int kCells = kStepCells / kShape.warps_k;  // of a step, that a warp multiplies
   static constexpr int kStripThreads = kShape.threads() / kStrips;
-  static_assert(kShape.warps_n == kStrips && kShape.warps_k <= 2, "a strip per warp, at most two slices");
+  static_assert(kShape.warps_n == kStrips && kShape.warps_k <= 2,
+                "a strip per warp, at most two slices");
   static_assert(kTokens % 16 == 0 && kOwn8 > 0, "ldmatrix brings tokens by 16");
   using Words = typename Codec<kFormat>::Words;
   using Sums = float[kFragments][kBlocks8][4];
@@ -81,7 +84,8 @@ class MatrixWarp {
     for (int step = segment.first; ahead > 0 || step < segment.last;) {
       if (ahead == 0) {
         wait_for_oldest(p_.stages);
-        ptx::sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
+        ptx::
+            sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
       }
       if (fetched < segment.last) fetch(fetched, dynamic_shared() + filled * layout_.bytes);
       ptx::cp_async_commit();  // an empty group too: waiting counts groups
@@ -110,9 +114,9 @@ class MatrixWarp {
       const float4* taken = exchange + ((1 - part_) * kStrips + strip_) * vectors + lane_;
 #pragma unroll
       for (int j = 0; j < kFragments * kOwn8; ++j) {
-        const float(&low)[4] = sums[j / kOwn8][j % kOwn8];
-        const float(&high)[4] = sums[j / kOwn8][j % kOwn8 + kOwn8];
-        float(&kept)[4] = own[j / kOwn8][j % kOwn8];
+        const float (&low)[4] = sums[j / kOwn8][j % kOwn8];
+        const float (&high)[4] = sums[j / kOwn8][j % kOwn8 + kOwn8];
+        float (&kept)[4] = own[j / kOwn8][j % kOwn8];
         float give[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
@@ -125,7 +129,7 @@ class MatrixWarp {
 #pragma unroll
       for (int j = 0; j < kFragments * kOwn8; ++j) {
         const float4 v = taken[32 * j];
-        float(&kept)[4] = own[j / kOwn8][j % kOwn8];
+        float (&kept)[4] = own[j / kOwn8][j % kOwn8];
         kept[0] += v.x;
         kept[1] += v.y;
         kept[2] += v.z;
@@ -135,31 +139,12 @@ class MatrixWarp {
     }
   }
 
-  // Eight tokens at a time through shared memory: D has neighbouring tokens in a lane, y has neighbouring rows in memory.
   __device__ void store(const Segment& segment, const OwnSums& own) const {
-    const int warp = part_ * kStrips + strip_, g = lane_ / 4, t = lane_ % 4;
-    float* turned = reinterpret_cast<float*>(dynamic_shared()) + warp * 8 * kPaddedRows;
-    const int first = lane_ % 8 * 8;  // of the 64 rows
-    const int64_t n = (int64_t{segment.tile_n} * kStrips + strip_) * kStripRows + first;
+    float* sums = reinterpret_cast<float*>(dynamic_shared());
     const int64_t m = int64_t{segment.tile_m} * kShape.tokens + part_ * 8 * kOwn8;
-    float bias[8];
-    load_bias(p_.y, n, p_.w.N, bias);
-#pragma unroll
-    for (int b = 0; b < kOwn8; ++b) {
-#pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          turned[(2 * t + r % 2) * kPaddedRows + 16 * i + g + 8 * (r / 2)] = own[i][b][r];
-      }
-      ptx::sync_warp();
-#pragma unroll 1
-      for (int token = lane_ / 8; token < 8; token += 4) {
-        if (inside(m + 8 * b + token, p_.x.M))
-          store_row(p_.y, m + 8 * b + token, n, p_.w.N, turned + token * kPaddedRows + first, bias);
-      }
-      ptx::sync_warp();
-    }
+    const int64_t n = (int64_t{segment.tile_n} * kStrips + strip_) * kStripRows;
+    store_sums(p_.y, m, p_.x.M, n, p_.w.N, lane_,
+               sums + (part_ * kStrips + strip_) * 8 * kPaddedRows, own);
   }
 
  private:
@@ -185,8 +170,8 @@ class MatrixWarp {
   __device__ void fetch(int step, uint8_t* stage) const {
     const int place = static_cast<int>(threadIdx.x) / kStripThreads;
     if (inside(fetched_, p_.w.strips))
-      fetched_strip_.fetch(fetched_strip_.tile(fetched_, step), static_cast<uint32_t>(step) % 2, step,
-                           codes(stage, place), scales(stage, place), zeros(stage, place));
+      fetched_strip_.fetch(fetched_strip_.tile(fetched_, step), static_cast<uint32_t>(step) % 2,
+                           step, codes(stage, place), scales(stage, place), zeros(stage, place));
     fetched_tokens_.fetch(fetched_tokens_.row(m0_, step), step, stage + layout_.x);
   }
 

@@ -27,6 +27,7 @@
 #include "cuda/scales.cuh"
 #include "cuda/schedule.cuh"
 #include "cuda/stages.h"
+#include "cuda/warp_sums.cuh"
 
 namespace lowbit::cuda {
 
@@ -57,14 +58,16 @@ class StreamWarp {
     if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
     tokens_.start(segment.tile_m * kTokens, ring_ + layout_.x, p_.stages, layout_.bytes);
     int fetched = segment.first + warp_;
-    Source from{strip_.tile(segment.tile_n, fetched), tokens_.row(segment.tile_m * kTokens, fetched),
+    Source from{strip_.tile(segment.tile_n, fetched),
+                tokens_.row(segment.tile_m * kTokens, fetched),
                 static_cast<uint32_t>(fetched) % Strip::kTileSteps};
     uint8_t *filled = ring_, *read = ring_;
     int ahead = p_.stages - 1;  // copies to start before the first wait
     for (int step = fetched; ahead > 0 || step < segment.last;) {
       if (ahead == 0) {
         wait_for_oldest(p_.stages);
-        ptx::sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
+        ptx::
+            sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
       }
       if (fetched < segment.last) fetch(from, fetched, filled);
       ptx::cp_async_commit();  // an empty group too: waiting counts groups
@@ -80,37 +83,10 @@ class StreamWarp {
     }
   }
 
-  // Adds the warps' sums; this thread's are values[2 * j], values[2 * j + 1], at (token(j), row()) and the row after.
-  __device__ void add_warps(const Sums& sums, float (&values)[2 * kBlocks8]) const {
-    float* exchange = reinterpret_cast<float*>(dynamic_shared());
-    float* own = exchange + warp_ * kTokens * kPaddedRows;
-    const int g = lane_ / 4, t = lane_ % 4;
-    ptx::sync_block();  // the exchange lies over rings that other warps may still read
-#pragma unroll
-    for (int i = 0; i < kFragments; ++i) {
-#pragma unroll
-      for (int b = 0; b < kBlocks8; ++b) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          own[(8 * b + 2 * t + r % 2) * kPaddedRows + 16 * i + g + 8 * (r / 2)] = sums[i][b][r];
-      }
-    }
-    ptx::sync_block();
-#pragma unroll
-    for (int j = 0; j < kBlocks8; ++j) {
-      float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float2 part = *reinterpret_cast<const float2*>(
-            exchange + (w * kTokens + token(j)) * kPaddedRows + row());
-        sum.x += part.x;
-        sum.y += part.y;
-      }
-      values[2 * j] = sum.x;
-      values[2 * j + 1] = sum.y;
-    }
+  // The block's sums: this thread's are values[2 * j], values[2 * j + 1], at (token(j), row()) and the row after.
+  __device__ void add(const Sums& sums, float (&values)[2 * kBlocks8]) const {
+    add_warps<kWarps>(sums, warp_, lane_, values);
   }
-
   __device__ int row() const { return 2 * lane_; }
   __device__ int token(int j) const { return warp_ + kWarps * j; }
 
@@ -133,7 +109,8 @@ class StreamWarp {
 
   using Strip = StripFetcher<kFormat, 32, Reuse::kNone>;
   using Tokens = TokenFetcher<kTokens, 32>;
-  static_assert(kWarps % Strip::kTileSteps == 0, "a warp's steps are all the same part of their tiles");
+  static_assert(kWarps % Strip::kTileSteps == 0,
+                "a warp's steps are all the same part of their tiles");
 
   // Where the next step's bytes come from.
   struct Source {
@@ -231,8 +208,7 @@ class StreamWarp {
       for (int i = 0; i < kFragments; ++i) {
         uint32_t a[4];
         Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
-        if constexpr (!kAsTheyAre)
-          scale_floats<kFormat, T>(p_.w, words, i, rows, lane_ / 4, a);
+        if constexpr (!kAsTheyAre) scale_floats<kFormat, T>(p_.w, words, i, rows, lane_ / 4, a);
 #pragma unroll
         for (int n = 0; n < kBlocks8; ++n) T::mma(part[i][n], a, b[j][n][0], b[j][n][1]);
       }
@@ -284,12 +260,12 @@ __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].blocks_
     float sums[kFragments][tile.tokens / 8][4];
     warp.multiply(segment, sums);
     float values[tile.tokens / 4];
-    warp.add_warps(sums, values);
+    warp.add(sums, values);
     if (!segment.whole &&
         !sum_segments<32 * warps>(p.schedule, segment, blockIdx.x, values, elected)) {
       continue;
     }
-const int64_t n = int64_t{segment.tile_n} * kStripRows + warp.row();
+    const int64_t n = int64_t{segment.tile_n} * kStripRows + warp.row();
     float bias[2];
     load_bias(p.y, n, p.w.N, bias);
 #pragma unroll
