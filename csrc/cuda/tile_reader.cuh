@@ -48,8 +48,8 @@ class TileReader {
   // The pair that begins at k = 16 * cell + 8 * half + 2 * t; cells count from the strip's first.
   __device__ CodePairs pairs(const uint8_t* strip, int cell, int half, int g, int t) const {
     const uint8_t* tile = strip + static_cast<int64_t>(cell / 8) * w_.tile_bytes;
-    const int lane = 4 * g + t,
-              first = cell % 8 * 4 + 2 * half;  // register g of the pair, among the tile's 32
+    const int lane = 4 * g + t;
+    const int first = cell % 8 * 4 + 2 * half;  // row g's register of the pair, among the tile's 32
     CodePairs codes{};
     load(tile, low_log_, first, lane, codes.low);
     if (high_bits_ > 0)

@@ -204,9 +204,8 @@ class A8Warp {
     m0_ = segment.tile_m * kShape.tokens;
     const int m = m0_ + first_token();
     Math math(p_, lane_, m);
-    Parts parts =
-        {};  // of a group; both live no longer than this, and leave their registers to what follows
-    int count = 0;  // k in parts
+    Parts parts = {};  // of a group
+    int count = 0;     // k in parts
     const bool has_rows = inside(segment.tile_n * kStrips + strip_, p_.w.strips);
     int step = segment.first + (kTurns ? warp_ : 0), read = 0;
     for (int j = 0; j < p_.stages - 1; ++j) fetch(segment, step + j * turns, j);

@@ -30,8 +30,8 @@ class Fp8Math {
     CellWords<2> words[2];
     load_cell<kFormat, kStepCells>(codes, cell, lane_, words[0]);
     load_cell<kFormat, kStepCells>(codes, two ? cell + 1 : cell, lane_, words[1]);
-    const uint32_t second =
-        two ? 0xffffffffu : 0u;  // zeros in place of the next cell where it is not wanted
+    // Zeros in place of a next cell of another group.
+    const uint32_t second = two ? 0xffffffffu : 0u;
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
       const uint32_t a[4] = {whole_bytes<0>(words[0], i), whole_bytes<1>(words[0], i),

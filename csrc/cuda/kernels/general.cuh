@@ -13,8 +13,8 @@ namespace lowbit::cuda {
 
 inline constexpr int kGeneralWarps = 4;
 inline constexpr int kGeneralTokens = 4;  // 8 rows x 4 tokens: as many sums as lanes
-inline constexpr int64_t kMostBlocks =
-    int64_t{1} << 20;  // of a grid; beyond, warps take several pieces of work
+// Of a grid; beyond, warps take several pieces of work.
+inline constexpr int64_t kMostBlocks = int64_t{1} << 20;
 
 inline Grid general_grid(int64_t warps) {
   const int64_t blocks = ceil_div(warps, kGeneralWarps);
