@@ -80,7 +80,7 @@ def bare(package: str) -> None:
         spec = importlib.util.find_spec(name)
         assert spec is not None and spec.submodule_search_locations is not None, f"{name} is not on PYTHONPATH"
         module = types.ModuleType(name)
-        module.__path__ = list(spec.submodule_search_locations)
+        module.__path__, module.__spec__ = list(spec.submodule_search_locations), spec
         sys.modules[name] = module
 
 
