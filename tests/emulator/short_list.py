@@ -231,7 +231,7 @@ def all_cases() -> tuple[Case, ...]:
         (INT4, 65, 301),
         (INT4, 66, 672),
         (INT3, 65, 136),
-        (INT3, 3, 131),
+        (INT3, 3, 132),  # fp32 rows on 16-byte boundaries, the last unit cut short
         (BLOCKS, 130, 264),
         (TABLE, 66, 104),
         (NF4, 64, 128),

@@ -304,6 +304,8 @@ void launch_dequantize(const CanonicalParams& from, void* to, Element type, Stre
       return start<Format::kInt8>(p, stream);
     case Format::kFp8E4m3:
       return start<Format::kFp8E4m3>(p, stream);
+    case Format::kNf4:  // also where formats are few: the only one with a table
+      return start<Format::kNf4>(p, stream);
 #if !defined(LOWBIT_EMULATOR_ONE_FORMAT)
     case Format::kInt2:
       return start<Format::kInt2>(p, stream);
@@ -315,8 +317,6 @@ void launch_dequantize(const CanonicalParams& from, void* to, Element type, Stre
       return start<Format::kFp8E5m2>(p, stream);
     case Format::kFp4E2m1:
       return start<Format::kFp4E2m1>(p, stream);
-    case Format::kNf4:
-      return start<Format::kNf4>(p, stream);
 #endif
     default:
       fail("dequantize: no kernel for format ", static_cast<int>(from.format), " in this build");

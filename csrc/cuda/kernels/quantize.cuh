@@ -86,8 +86,7 @@ __device__ inline bool team_any(bool value) {
 
 // As range_of of the CPU, down to which of two zeros is the least: every lane starts from the first element.
 __device__ inline rules::Range range_of(const Group& group, int lane) {
-  float low = 0.0f, high = 0.0f;
-  if (inside(0, group.count)) low = high = group.at(0);
+  float low = group.at(0), high = low;  // a group that does not exist has the first one's address
   bool nan = false;
   for_lane(group, lane, [&](float v, int32_t) {
     low = v < low ? v : low;
@@ -200,13 +199,11 @@ __device__ void store_packed(const Group& group, const Encoder& e, int lane, int
       stage[i] = inside(chunk * kChunk + i, group.count) ? e.code(group.at(chunk * kChunk + i)) : 0;
     ptx::sync_warp();
     const int32_t first = chunk * kChunk + lane * 8;
-    const int32_t count = group.count - first < 8 ? group.count - first : 8;
-    if (inside(first, group.count)) {
-      uint64_t word = 0;
-      for (int j = 0; j < 8; ++j) word |= static_cast<uint64_t>(stage[lane * 8 + j]) << (j * bits);
-      for (int b = 0; b < (count * bits + 7) / 8; ++b)
-        to[first / 8 * static_cast<int64_t>(bits) + b] = static_cast<uint8_t>(word >> (8 * b));
-    }
+    const int32_t left = group.count - first < 8 ? group.count - first : 8;  // none: 0 or less
+    uint64_t word = 0;
+    for (int j = 0; j < 8; ++j) word |= static_cast<uint64_t>(stage[lane * 8 + j]) << (j * bits);
+    for (int b = 0; inside(b, (left * bits + 7) / 8); ++b)
+      to[first / 8 * static_cast<int64_t>(bits) + b] = static_cast<uint8_t>(word >> (8 * b));
     ptx::sync_warp();
   }
 }

@@ -206,14 +206,13 @@ __device__ void values_of(const Segment& s, int32_t k, const Piece<kType>& piece
   }
 }
 
+// The zeros past a segment's end change no scale: ranges reach to 0 or are symmetric.
 template <Element kType>
 __device__ void add_piece(const Segment& s, int32_t k, const Piece<kType>& piece, Extent& e) {
   float v[kPiece];
   values_of(s, k, piece, v);
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
-    if (inside(i, s.end - k)) e.add(v[i], k + i == s.begin);
-  }
+  for (int i = 0; i < kPiece; ++i) e.add(v[i], k + i == s.begin);
 }
 
 // The codes that `quick` could not settle, one after the other: one division in the code instead of eight.
