@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from artifacts import edit_manifest, quantized_tiny, replace_shard
+from checkpoints import DATA
 from cli_helpers import llama_checkpoint
 from lowbit import QuantizedWeight, cli, save_quantized
 
@@ -25,7 +27,7 @@ def inspect(*args: object) -> int:
     return cli.main(["inspect", *map(str, args)])
 
 
-def found(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, object]:
+def found(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
     assert inspect(*args, "--json") == 0
     return json.loads(capsys.readouterr().out)
 
@@ -142,13 +144,46 @@ def test_there_is_nothing_to_verify_in_other_files(tmp_path: Path, capsys: pytes
         assert "no hashes to verify" in refused(capsys, path, "--verify")
 
 
+# -- checkpoints of other libraries ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gptq-v2-asym-act-order", "gptq-v2-asym-act-order/model.safetensors"])
+def test_a_checkpoint_of_another_library(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    about = found(capsys, DATA / name)
+    assert (about["format"], about["variant"]) == ("gptq", "v2, int4, groups of 64, act-order")
+    assert "quant_method is 'gptq'" in about["why"]
+    layer = about["layers"][0]
+    assert layer["name"] == "model.layers.0.self_attn.k_proj" and layer["shape"] == [128, 256]
+    assert layer["scheme"] == "int4, groups of 64, act-order" and layer["bytes"] == 18688
+    plain = [tensor["name"] for tensor in about["tensors"] if tensor.get("kind") != "quantized"]
+    assert plain == ["model.layers.0.input_layernorm.weight"] and len(about["tensors"]) == 9
+    assert inspect(DATA / name) == 0
+    out = capsys.readouterr().out
+    assert "gptq: v2, int4, groups of 64, act-order; load_checkpoint reads it" in out and "qzeros\n" not in out
+
+
+def test_a_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
+    about = found(capsys, DATA / "gguf-q4_k_m.gguf")
+    assert about["format"] == "gguf" and "model.layers.0.self_attn.v_proj" in [x["name"] for x in about["layers"]]
+    assert about["bytes"] == sum(entry["bytes"] for entry in about["layers"] + about["tensors"])
+
+
+def test_why_a_checkpoint_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = found(capsys, DATA / "ct-nvfp4")
+    assert "nvfp4-pack-quantized is not read yet" in about["not_read"] and "format" not in about and not about["layers"]
+    assert inspect(DATA / "ct-nvfp4") == 0
+    assert "load_checkpoint does not read it: " in capsys.readouterr().out
+    about = found(capsys, llama_checkpoint(tmp_path / "llama"))
+    assert "not_read" not in about and "format" not in about
+
+
 # -- hostile -----------------------------------------------------------------------------------------------------------------
 
 
 def test_files_that_are_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for data, message in (
         (b"", "too short"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(64), "a GGUF file; only safetensors can be inspected"),
+        (b"GGUF\x09\x00\x00\x00" + bytes(64), "version 9"),
         (b"\xff" * 64, "the header claims"),
         ((8).to_bytes(8, "little") + b"not json", "not valid JSON"),
         ((2).to_bytes(8, "little") + b"{}" + b"rest", "truncated or padded"),

@@ -1,4 +1,4 @@
-"""`lowbit inspect`: what is in an artifact, a safetensors file or a folder of them."""
+"""`lowbit inspect`: what is in an artifact, a checkpoint of another library, a safetensors file or a folder of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 from lowbit import _artifact, _safetensors
 from lowbit._artifact import Manifest
 from lowbit._progress import Advance, progress_bar
-from lowbit._safetensors import SafetensorsFile, TensorInfo
+from lowbit._safetensors import SafetensorsFile, TensorInfo, dtype_name
 from lowbit.commands import _output
-from lowbit.errors import ArtifactError, FormatError
+from lowbit.errors import ArtifactError
+from lowbit.formats._record import Plan
+from lowbit.formats._registry import FORMATS, open_plan
+from lowbit.formats._settings import quantization_settings
 from lowbit.formats._source import open_source
 from lowbit.report import format_bytes
 from lowbit.scheme import Scheme
@@ -22,13 +25,14 @@ from lowbit.weight import _METADATA_KEY
 __all__ = ["add_parser", "run"]
 
 _DESCRIPTION = """\
-List what is in a lowbit artifact, a safetensors file, or a folder of safetensors files: layers with their schemes,
-tensors with dtype, shape and bytes. Only headers are read; --verify reads everything. Nothing is executed, and a file that
-contradicts itself is refused by name.
+List what is in a lowbit artifact, a safetensors file, a folder of them, or a GGUF file: layers with their schemes,
+tensors with dtype, shape and bytes, and for a quantized checkpoint of another library what it is and why. Only headers are
+read; --verify reads everything. Nothing is executed, and a file that contradicts itself is refused by name.
 """
 _EXAMPLE = """\
 examples:
   lowbit inspect Llama-3.1-8B-int4 --verify
+  lowbit inspect Llama-3.1-8B-GPTQ
   lowbit inspect model-00001-of-00004.safetensors --json
 """
 _CHUNK = 1 << 22
@@ -40,7 +44,7 @@ def add_parser(commands: Any) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "inspect",
-        help="list what is in an artifact or a safetensors file",
+        help="list what is in an artifact, a checkpoint or a file of one",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=_output.HelpFormatter,
@@ -61,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     elif args.verify:
         raise ArtifactError(f"{path}: not a lowbit artifact, so there are no hashes to verify")
     else:
-        found = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+        found = (
+            _inspect_folder(path) if path.is_dir() else _inspect_gguf(path) if _is_gguf(path) else _inspect_file(path)
+        )
+        if not found["layers"] and "format" not in found:
+            found |= _foreign(path, found["tensors"])
     if args.json:
         _output.print_json(found)
     else:
@@ -145,9 +153,6 @@ def _inspect_folder(root: Path) -> dict[str, Any]:
 
 
 def _inspect_file(path: Path) -> dict[str, Any]:
-    with _safetensors._open_regular(path) as raw:
-        if raw.read(4) == b"GGUF":
-            raise FormatError(f"{path}: a GGUF file; only safetensors can be inspected")
     with SafetensorsFile(path) as file:
         tensors = _entries(file.tensors, dict.fromkeys(file.tensors, path.name))
         metadata = dict(file.metadata)
@@ -164,6 +169,58 @@ def _inspect_file(path: Path) -> dict[str, Any]:
     files = [{"name": path.name, "bytes": path.stat().st_size}]
     about = {"path": str(path), "kind": "file", "files": files, "metadata": metadata}
     return {**about, "layers": layers, "tensors": tensors, "bytes": total}
+
+
+def _is_gguf(path: Path) -> bool:
+    with _safetensors._open_regular(path) as raw:
+        return raw.read(4) == b"GGUF"
+
+
+def _inspect_gguf(path: Path) -> dict[str, Any]:
+    with open_plan(path) as (plan, why):
+        layers = _planned(plan)
+        tensors: Tensors = [
+            {"name": name, "dtype": dtype_name(t.dtype), "shape": list(t.shape), "file": path.name, "bytes": t.nbytes}
+            for name, t in plan.tensors.items()
+        ]
+        about = {"format": plan.format, "variant": plan.variant, "why": why}
+    files = [{"name": path.name, "bytes": path.stat().st_size}]
+    total = sum(entry["bytes"] for entry in (*layers, *tensors))
+    return {
+        "path": str(path),
+        "kind": "file",
+        "files": files,
+        "layers": layers,
+        "tensors": tensors,
+        "bytes": total,
+        **about,
+    }
+
+
+def _planned(plan: Plan) -> Tensors:
+    """The quantized layers of a checkpoint: how they are stored stands in place of a scheme."""
+    found = []
+    for name, layer in plan.layers.items():
+        (N, K), stored = layer.shape, layer.nbytes
+        about = {"name": name, "scheme": layer.about, "shape": [N, K], "perm": False, "bytes": stored}
+        found.append({**about, "bits_per_weight": stored * 8 / (N * K)})
+    return found
+
+
+def _foreign(path: Path, tensors: Tensors) -> dict[str, Any]:
+    """What a quantized checkpoint of another library is, or why it cannot be read as one; {} where nothing is quantized."""
+    try:
+        with open_source(path) as source:
+            if not quantization_settings(source) and not any(row.by_tensors(source) for row in FORMATS):
+                return {}
+        with open_plan(path) as (plan, why):
+            taken = {name for layer in plan.layers.values() for name in layer.sources}
+            for entry in tensors:
+                if entry["name"] in taken:
+                    entry["kind"] = "quantized"  # part of a layer, which is listed
+            return {"format": plan.format, "variant": plan.variant, "why": why, "layers": _planned(plan)}
+    except ArtifactError as error:
+        return {"not_read": str(error)}
 
 
 def _entries(tensors: Mapping[str, TensorInfo], files: Mapping[str, str]) -> Tensors:
@@ -198,6 +255,11 @@ def _show(found: Mapping[str, Any]) -> None:
             f"in {len(files)} file{'s' if len(files) != 1 else ''}"
         )
     )
+    if "format" in found:
+        print(_output.clean(f"{found['format']}: {found['variant']}; load_checkpoint reads it"))
+        print(_output.clean(f"({found['why']})"))
+    if "not_read" in found:
+        print(_output.clean(f"load_checkpoint does not read it: {found['not_read']}"))
     if "sha256" in found:
         state = "verified" if found["verified"] else "not verified: sizes fit, contents were not read (--verify)"
         print(f"sha256 {found['sha256']}, {state}")
