@@ -21,16 +21,15 @@ __device__ uint32_t tile_pair(const uint8_t* tile, int n, int k) {
   return pair;
 }
 
-// Eight codes are kBits whole bytes: a thread's unit of work. `columns` counts from the tile's first k.
+// Eight codes are kBits whole bytes: a thread's unit of work. Codes past K are 0 in either layout.
 template <int kBits>
-__device__ void fill_stage(const uint8_t* tile, int64_t columns, uint8_t* stage) {
+__device__ void fill_stage(const uint8_t* tile, uint8_t* stage) {
   for (int i = static_cast<int>(threadIdx.x); i < kStripRows * kTileK / 8; i += kPackThreads) {
     const int n = i / (kTileK / 8), k = i % (kTileK / 8) * 8;
     uint64_t bits = 0;
     for (int j = 0; j < 8; j += 2) {
       const uint32_t pair = tile_pair<kBits>(tile, n, k + j);
-      const uint64_t even = inside(k + j, columns) ? pair & 0xffffu : 0;
-      const uint64_t odd = inside(k + j + 1, columns) ? pair >> 16 : 0;
+      const uint64_t even = pair & 0xffffu, odd = pair >> 16;
       bits |= (even | odd << kBits) << (j * kBits);
     }
     uint8_t* to = stage + n * Stage<kBits>::kStride + k / 8 * kBits;
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const WeightParams
       reinterpret_cast<uint4*>(codes)[i] = ptx::load_once(from + i);
     ptx::sync_block();
     const int64_t k0 = place.index * static_cast<int64_t>(kTileK);
-    fill_stage<kBits>(codes, w.K - k0, stage);
+    fill_stage<kBits>(codes, stage);
     ptx::sync_block();
     store_stage<kBits>(c, to.packed, place.strip * kStripRows, k0 / 8 * kBits, aligned, stage);
     if (w.groups_per_tile == 0) return;
