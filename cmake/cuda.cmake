@@ -20,6 +20,9 @@ set(LOWBIT_CUDA_ALL_ARCHS 80 86 89 90a 120f 80-ptx 90-ptx)
 # The first nvcc that knows sm_120.
 set(LOWBIT_CUDA_MINIMUM 12.8)
 
+# Files in which device code depends on the architecture (__CUDA_ARCH__): one pass of nvcc's front end for each.
+set(LOWBIT_CUDA_ARCH_DEPENDENT "^a8_fp8")
+
 # Files whose results must be the CPU's bit for bit: no a * b + c in one rounding.
 set(LOWBIT_CUDA_EXACT "^(de)?quantize")
 
@@ -78,10 +81,10 @@ function(_lowbit_native_archs out)
   set(${out} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# -gencode flags for a list like LOWBIT_CUDA_ARCHS. One flag is one pass of nvcc's front end, which costs more than the
-# assembler after it: machine code for 8.6 and 8.7 is assembled from the pass for 8.0, because no source tells them apart
-# (they differ in sizes that the host asks for). 8.9 has fp8 matrix instructions, hence a pass of its own.
+# -gencode flags for a list like LOWBIT_CUDA_ARCHS: one pass of nvcc's front end for each, except that machine code for 8.6
+# and 8.7 is assembled from the pass for 8.0, since no instruction tells them apart.
 function(_lowbit_gencode out)
+  set(passes "")
   foreach(arch IN LISTS ARGN)
     if(NOT arch MATCHES "^([0-9]+)([af]?)(-ptx)?$")
       lowbit_stop("LOWBIT_CUDA_ARCHS: '${arch}' is neither all, native, nor like 90, 90a, 120f, 90-ptx")
@@ -103,6 +106,31 @@ function(_lowbit_gencode out)
     list(APPEND flags "-gencode=arch=compute_${pass},code=[${codes}]")
   endforeach()
   set(${out} "${flags}" PARENT_SCOPE)
+endfunction()
+
+# The same list for files in which nothing depends on the architecture: one pass, for the oldest, and machine code for all from
+# that; the front end costs more than all assemblers together. Without the features of 90a and 120f there is nothing in
+# them that sm_90 and sm_120 have not, and with nothing to choose, PTX for the oldest is as good as PTX for later ones.
+function(_lowbit_gencode_one_pass out)
+  set(oldest 999)
+  set(codes "")
+  set(ptx "")
+  foreach(arch IN LISTS ARGN)
+    string(REGEX MATCH "^[0-9]+" number "${arch}")
+    if(number LESS oldest)
+      set(oldest ${number})
+    endif()
+    if(arch MATCHES "-ptx$")
+      list(APPEND ptx ${number})
+    else()
+      list(APPEND codes "sm_${number}")
+    endif()
+  endforeach()
+  if(ptx)
+    list(APPEND codes "compute_${oldest}")
+  endif()
+  list(JOIN codes "," codes)
+  set(${out} "-gencode=arch=compute_${oldest},code=[${codes}]" PARENT_SCOPE)
 endfunction()
 
 # Compiles and links a few lines as the library will be. "" or why that failed, in one line.
@@ -146,9 +174,10 @@ endfunction()
 
 # ---- how files are compiled --------------------------------------------------------------------------------------------
 
-# What every .cu file is compiled with, as a file for nvcc's --options-file: a change of it compiles everything again.
-function(_lowbit_cuda_options file)
-  _lowbit_gencode(flags ${ARGN})
+# What a .cu file is compiled with, as a file for nvcc's --options-file: a change of it compiles everything again. `gencode`
+# is -gencode flags.
+function(_lowbit_cuda_options file gencode)
+  set(flags ${gencode})
   _lowbit_host_compiler(host)
   list(APPEND flags -std=c++17 -O3 --expt-relaxed-constexpr "-ccbin=\"${host}\"" "-I\"${CMAKE_CURRENT_SOURCE_DIR}/csrc\"")
   # Registers, stack and spills of each kernel, which nvcc_object.cmake keeps beside the object.
@@ -179,16 +208,24 @@ function(_lowbit_cuda_options file)
   file(CONFIGURE OUTPUT "${file}" CONTENT "${text}\n" @ONLY)
 endfunction()
 
-# Objects for some architectures; a file that only one of them can run belongs in a call of its own.
+# Objects for some architectures; files that only one of them can run belong in a call of their own.
 function(lowbit_cuda_objects out)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ARCHS;SOURCES")
   list(JOIN arg_ARCHS "_" name)
-  set(options "${CMAKE_CURRENT_BINARY_DIR}/lowbit_cuda/${name}.options")
-  _lowbit_cuda_options("${options}" ${arg_ARCHS})
+  set(folder "${CMAKE_CURRENT_BINARY_DIR}/lowbit_cuda")
+  _lowbit_gencode(each ${arg_ARCHS})
+  _lowbit_cuda_options("${folder}/${name}.each.options" "${each}")
+  # With the macro, using an instruction that is not in every architecture is an error.
+  _lowbit_gencode_one_pass(once ${arg_ARCHS})
+  _lowbit_cuda_options("${folder}/${name}.once.options" "${once};-DLOWBIT_ONE_PASS")
   set(objects "")
   foreach(source IN LISTS arg_SOURCES)
     get_filename_component(stem "${source}" NAME_WE)
-    set(object "${CMAKE_CURRENT_BINARY_DIR}/lowbit_cuda/${stem}.o")
+    set(object "${folder}/${stem}.o")
+    set(options "${folder}/${name}.once.options")
+    if(stem MATCHES "${LOWBIT_CUDA_ARCH_DEPENDENT}")
+      set(options "${folder}/${name}.each.options")
+    endif()
     set(extra "")
     if(stem MATCHES "${LOWBIT_CUDA_EXACT}")
       set(extra -fmad=false)
@@ -271,7 +308,8 @@ function(lowbit_find_cuda)
   if(NOT reason)
     set(options "${CMAKE_CURRENT_BINARY_DIR}/lowbit_cuda_probe/options")
     _lowbit_host_compiler(host)
-    _lowbit_cuda_options("${options}" ${archs})
+    _lowbit_gencode(flags ${archs})
+    _lowbit_cuda_options("${options}" "${flags}")
     file(SHA1 "${options}" key)
     set(key "${LOWBIT_NVCC} ${LOWBIT_CUDA_VERSION} ${CMAKE_CXX_COMPILER_VERSION} ${key}")
     if(NOT LOWBIT_CUDA_PROBED STREQUAL key)

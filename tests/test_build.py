@@ -252,17 +252,20 @@ def test_build_without_a_compiler_says_what_to_install(tmp_path):
 # ---- the CUDA library: built where nvcc works, and no reason to fail where it does not ---------------------------------
 
 
-def fake_nvcc(folder, release):
-    """Knows its release and where its libraries would be; every compilation fails."""
+def fake_nvcc(folder, release, works=False):
+    """Knows its release and where its libraries would be; every compilation fails, or makes an object with nothing in it."""
     (folder / "lib").mkdir()
-    (folder / "lib" / "libcudart_static.a").touch()
+    subprocess.run(["ar", "rcs", str(folder / "lib" / "libcudart_static.a")], check=True)
+    compiled = 'c++ -x c++ -c /dev/null -o "$object"'
+    refused = "echo '/opt/include/crt/host_config.h:137:2: error: #error -- unsupported GNU version!' >&2; exit 1"
     nvcc = folder / "nvcc"
     nvcc.write_text(
         "#!/bin/sh\n"
+        "for object; do :; done  # the last argument\n"
         'case "$*" in\n'
         f"  --version) echo 'Cuda compilation tools, release {release}, V{release}.1' ;;\n"
         f"""  --dryrun*) echo '#$ LIBRARIES="-L{folder}/lib"' >&2 ;;\n"""
-        "  *) echo '/opt/include/crt/host_config.h:137:2: error: #error -- unsupported GNU version!' >&2; exit 1 ;;\n"
+        f"  *) {compiled if works else refused} ;;\n"
         "esac\n"
     )
     nvcc.chmod(0o755)
@@ -310,10 +313,33 @@ def test_build_quotes_an_nvcc_that_fails(tmp_path):
 )
 def test_build_turns_architectures_into_flags(tmp_path, release, archs, flags):
     configure(tmp_path, "-DLOWBIT_CUDA=AUTO", f"-DLOWBIT_CUDA_ARCHS={archs}", CUDACXX=str(fake_nvcc(tmp_path, release)))
-    options = (tmp_path / "build" / "lowbit_cuda_probe" / "options").read_text().splitlines()
-    expected = [flag.split("=") for flag in flags.split()]
-    found = [line for line in options if line.startswith("-gencode")]
-    assert found == [f"-gencode=arch=compute_{arch},code=[{code}]" for arch, code in expected]
+    assert gencode(tmp_path / "build" / "lowbit_cuda_probe" / "options") == flags.split()
+
+
+def gencode(options):
+    """-gencode=arch=compute_90,code=[sm_90] as 90=sm_90."""
+    found = re.findall(r"^-gencode=arch=compute_(\w+),code=\[(.*)\]$", options.read_text(), re.MULTILINE)
+    return [f"{arch}={code}" for arch, code in found]
+
+
+@pytest.mark.parametrize(
+    ("archs", "flags"),
+    [
+        ("all", "80=sm_80,sm_86,sm_89,sm_90,sm_120,compute_80"),
+        ("90a", "90=sm_90"),
+        ("120f;90-ptx", "90=sm_120,compute_90"),
+    ],
+)
+def test_files_without_code_for_one_architecture_are_compiled_once(tmp_path, archs, flags):
+    nvcc = fake_nvcc(tmp_path, "13.0", works=True)
+    status, output = configure(tmp_path, "-DLOWBIT_CUDA=ON", f"-DLOWBIT_CUDA_ARCHS={archs}", CUDACXX=str(nvcc))
+    assert status == 0, output
+    (once,) = (tmp_path / "build" / "lowbit_cuda").glob("*.once.options")
+    (each,) = (tmp_path / "build" / "lowbit_cuda").glob("*.each.options")
+    assert gencode(once) == flags.split()
+    assert gencode(each) == gencode(tmp_path / "build" / "lowbit_cuda_probe" / "options")
+    assert "-DLOWBIT_ONE_PASS" in once.read_text()
+    assert "-DLOWBIT_ONE_PASS" not in each.read_text()
 
 
 @pytest.mark.parametrize("archs", ["sm_90", "90,banana"])

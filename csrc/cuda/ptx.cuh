@@ -150,7 +150,8 @@ __device__ inline void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// fp8 needs sm_89; kernels that use it are compiled empty below that and never selected there.
+// fp8 needs sm_89; kernels that use it are compiled empty below that and never selected there. Files that are compiled once
+// for all architectures do not have it (cmake/cuda.cmake: LOWBIT_CUDA_ARCH_DEPENDENT lists those that are not).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
 __device__ inline void mma_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -167,7 +168,7 @@ __device__ inline void mma_e5m2(float (&d)[4], const uint32_t (&a)[4], uint32_t 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-#else
+#elif !defined(LOWBIT_ONE_PASS)
 __device__ inline void mma_e4m3(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t) {
   __trap();
 }
