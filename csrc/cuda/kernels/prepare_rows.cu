@@ -2,8 +2,8 @@
 // 16-byte boundaries. And, after gemm_grad_input, columns scattered back.
 //
 // A thread makes 16 bytes of the result: neighbouring lanes write 512 bytes of a row. It does so for four rows, because
-// the indices of its columns are the same in each and cost as many bytes as the elements. The gathered reads of a row stay
-// within a few KB, which L1 holds.
+// the indices of its columns are the same in each and cost as many bytes as the elements. Elements are read one by one
+// (rows come here because they are gathered, or start anywhere), within a few KB that L1 holds.
 #include "common/check.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
@@ -31,7 +31,6 @@ struct PrepareParams {
   const int32_t* perm;
   void* to;
   uint32_t blocks_per_row;
-  bool vectors;  // no perm, and rows of x start on 16-byte boundaries
 };
 
 // Elements [k0, k0 + 16 / kSize) of a row of the result, as 16 bytes; `index` says which columns of x they are.
@@ -54,23 +53,18 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const PreparePar
   const int64_t m0 = blockIdx.x / p.blocks_per_row * int64_t{kRows};
   const int64_t k0 = (blockIdx.x % p.blocks_per_row * int64_t{kThreads} + threadIdx.x) * kCount;
   if (!inside(k0, p.columns)) return;
-  const bool whole = p.vectors && inside(k0 + kCount - 1, p.K);
   int32_t index[kCount];
-  if (!whole) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t k = k0 + i;
-      index[i] = !inside(k, p.K)     ? -1
-                 : p.perm == nullptr ? static_cast<int32_t>(k)
-                                     : p.perm[k];
-    }
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t k = k0 + i;
+    index[i] = !inside(k, p.K) ? -1 : p.perm == nullptr ? static_cast<int32_t>(k) : p.perm[k];
   }
   uint4 made[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (!inside(m0 + r, p.M)) continue;
     const T* row = static_cast<const T*>(p.from) + (m0 + r) * p.stride;
-    made[r] = whole ? *reinterpret_cast<const uint4*>(row + k0) : gather<kSize>(row, index);
+    made[r] = gather<kSize>(row, index);
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -132,8 +126,7 @@ void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, vo
                         columns,
                         perm,
                         to,
-                        static_cast<uint32_t>(ceil_div(columns * size, 16 * kThreads)),
-                        perm == nullptr && is_aligned(x.data, x.stride * size, 16)};
+                        static_cast<uint32_t>(ceil_div(columns * size, 16 * kThreads))};
   if (size == 2) return prepare<2>(p, stream);
   prepare<1>(p, stream);
 }
