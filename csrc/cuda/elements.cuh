@@ -30,7 +30,8 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 
 // Whether every address of the form base + i * step is a multiple of `bytes`.
 inline bool is_aligned(const void* base, int64_t step, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(base) % static_cast<uintptr_t>(bytes) == 0 && step % bytes == 0;
+  return reinterpret_cast<uintptr_t>(base) % static_cast<uintptr_t>(bytes) == 0 &&
+         step % bytes == 0;
 }
 
 // Element i of a float tensor, exact in fp32.
@@ -61,8 +62,7 @@ struct Divisor {
 
   explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), multiplier(0), shift(0) {
     while ((uint64_t{1} << shift) < divisor) ++shift;
-    multiplier = static_cast<uint32_t>(
-        (((uint64_t{1} << shift) - divisor) << 32) / divisor + 1);
+    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - divisor) << 32) / divisor + 1);
   }
   __device__ uint32_t quotient(uint32_t n) const {
     return (static_cast<uint32_t>((static_cast<uint64_t>(n) * multiplier) >> 32) + n) >> shift;

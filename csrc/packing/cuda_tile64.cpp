@@ -160,8 +160,8 @@ void pack_strip64(const CudaTile64& t, const CanonicalConst& from, int64_t strip
     const int64_t count = std::min<int64_t>(kTileK, t.K - tile * kTileK);
     for (int n = 0; n < rows; ++n) {
       // 128 codes are whole bytes, so a tile's part of a row starts at one.
-      const uint8_t* row = from.packed + (strip * kStripRows + n) * row_bytes +
-                           tile * (kTileK / 8) * t.bits;
+      const uint8_t* row =
+          from.packed + (strip * kStripRows + n) * row_bytes + tile * (kTileK / 8) * t.bits;
       uint8_t codes[kTileK] = {};
       unpack_row(row, count, t.bits, codes);
       write_row(t, codes, n, to + tile * t.tile_bytes);

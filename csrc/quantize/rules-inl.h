@@ -37,7 +37,9 @@ LOWBIT_HD inline uint32_t float_bits(float value) {
   return bits;
 }
 
-LOWBIT_HD inline bool is_nan(float value) { return (float_bits(value) & 0x7fffffffu) > 0x7f800000u; }
+LOWBIT_HD inline bool is_nan(float value) {
+  return (float_bits(value) & 0x7fffffffu) > 0x7f800000u;
+}
 
 // Round to an integer, ties to even, for |value| < 2^22. A NaN comes out as `low` of the caller's clamp.
 LOWBIT_HD inline float round_even(float value) { return (value + 12582912.0f) - 12582912.0f; }
@@ -331,7 +333,8 @@ LOWBIT_HD inline Affine refit_of(const Moments& s, Affine p) {
     const double determinant = s.w * s.ll - s.l * s.l;
     if (determinant > 0) {
       const double scale = (s.w * s.lx - s.l * s.x) / determinant;
-      const double offset = (s.x - scale * s.l) / s.w;  // of level, i.e. added to (q - zero) * scale
+      const double offset =
+          (s.x - scale * s.l) / s.w;  // of level, i.e. added to (q - zero) * scale
       const float zero = p.zero;
       p.scale = static_cast<float>(scale);
       p.offset = static_cast<float>(offset);

@@ -25,9 +25,7 @@ double squared_error(const QuantizeJob& job, const Encoder& encoder) {
   const Encoder e = encoder;  // a copy that nothing can alias
   const float* x = job.values;
   if (job.importance == nullptr) {
-    for_lanes(job.count, [&](int64_t i, int j) {
-      lanes[j] += error_term(x[i], e.value(x[i]));
-    });
+    for_lanes(job.count, [&](int64_t i, int j) { lanes[j] += error_term(x[i], e.value(x[i])); });
   } else {
     const float* importance = job.importance;
     for_lanes(job.count, [&](int64_t i, int j) {
@@ -51,8 +49,8 @@ Affine refit(const QuantizeJob& job, const Encoder& e) {
     x[j] += weight * value;
     lx[j] += weight * level * value;
   });
-  return refit_of<kKind>({lane_total(w), lane_total(l), lane_total(ll), lane_total(x), lane_total(lx)},
-                         e.p);
+  return refit_of<kKind>(
+      {lane_total(w), lane_total(l), lane_total(ll), lane_total(x), lane_total(lx)}, e.p);
 }
 
 inline Range range_of(const float* values, int64_t count) {

@@ -32,23 +32,23 @@ struct DequantizeParams {
   Divisor units_per_row;
   Divisor units_per_group;  // only its quotient; one group: larger than any unit
   int64_t packed_bytes;
-  bool aligned;    // units of the codes are whole, and start where kLoadBytes wants them
-  bool vectors;    // rows of the output start on 16-byte boundaries
-  int64_t staged;  // with perm: bytes of the row in shared memory, 0 = written where it belongs directly
+  bool aligned;  // units of the codes are whole, and start where kLoadBytes wants them
+  bool vectors;  // rows of the output start on 16-byte boundaries
+  int64_t
+      staged;  // with perm: bytes of the row in shared memory, 0 = written where it belongs directly
   float nf4[16];
 };
 
 // ---- codes -> exact floats ---------------------------------------------------------------------------------------------
 
 template <Format kFormat>
-constexpr int kBitsOf = kFormat == Format::kInt2                                 ? 2
-                        : kFormat == Format::kInt3                               ? 3
-                        : kFormat == Format::kInt5                               ? 5
-                        : kFormat == Format::kInt6                               ? 6
-                        : kFormat == Format::kInt4 || kFormat == Format::kFp4E2m1 ||
-                                kFormat == Format::kNf4
-                            ? 4
-                            : 8;
+constexpr int kBitsOf =
+    kFormat == Format::kInt2                                                             ? 2
+    : kFormat == Format::kInt3                                                           ? 3
+    : kFormat == Format::kInt5                                                           ? 5
+    : kFormat == Format::kInt6                                                           ? 6
+    : kFormat == Format::kInt4 || kFormat == Format::kFp4E2m1 || kFormat == Format::kNf4 ? 4
+                                                                                         : 8;
 template <Format kFormat>
 constexpr bool kIsInteger = static_cast<int>(kFormat) <= static_cast<int>(Format::kInt8);
 
@@ -59,7 +59,8 @@ __device__ float base_value(uint32_t q, const float* nf4) {
   if constexpr (kIsInteger<kFormat>) {
     return ptx::bits_as_float(0x4b000000u | q);
   } else if constexpr (kFormat == Format::kFp8E4m3) {
-    const float value = ptx::mul_rn(ptx::bits_as_float((q & 0x80u) << 24 | (q & 0x7fu) << 20), 0x1p120f);
+    const float value =
+        ptx::mul_rn(ptx::bits_as_float((q & 0x80u) << 24 | (q & 0x7fu) << 20), 0x1p120f);
     return (q & 0x7fu) == 0x7fu ? ptx::bits_as_float(0x7fc00000u) : value;
   } else if constexpr (kFormat == Format::kFp8E5m2) {
     return ptx::f16_to_float(q << 8);  // e5m2 is the upper byte of fp16
@@ -122,7 +123,10 @@ __device__ float weight(uint32_t q, const Formula& f, const float* nf4) {
 
 // The widest load that eight codes are made of: 3 and 5 bytes are not.
 template <int kBits>
-constexpr int kLoadBytes = kBits == 8 ? 8 : kBits == 4 ? 4 : kBits % 2 == 0 ? 2 : 1;
+constexpr int kLoadBytes = kBits == 8       ? 8
+                           : kBits == 4     ? 4
+                           : kBits % 2 == 0 ? 2
+                                            : 1;
 
 // kBits bytes at `offset`. The last unit of a row that K cuts short reads codes of the next row, which nobody stores.
 template <int kBits>
@@ -156,7 +160,8 @@ __device__ Unit load_unit(const DequantizeParams& p, int64_t n, uint32_t unit) {
   const CanonicalParams& c = p.from;
   const int64_t i = (c.blocks128 ? n / 128 : n) * c.groups + p.units_per_group.quotient(unit);
   Unit u{};
-  u.codes = load_codes<kBits>(c.packed, p.packed_bytes, n * c.row_bytes + unit * int64_t{kBits}, p.aligned);
+  u.codes = load_codes<kBits>(c.packed, p.packed_bytes, n * c.row_bytes + unit * int64_t{kBits},
+                              p.aligned);
   u.scale = load_bits(c.scales, i, scale_bytes(c.scale_dtype));
   if (c.zeros != nullptr)
     u.zero = load_bits(c.zeros, i, c.zero_kind == ZeroKind::kInt ? 1 : scale_bytes(c.scale_dtype));
@@ -185,12 +190,14 @@ __device__ void store_unit(const DequantizeParams& p, int64_t n, int64_t k, cons
 }
 
 template <Format kFormat>
-__device__ void decode_unit(const CanonicalParams& c, const Unit& u, const float* nf4, float (&w)[8]) {
+__device__ void decode_unit(const CanonicalParams& c, const Unit& u, const float* nf4,
+                            float (&w)[8]) {
   constexpr int kBits = kBitsOf<kFormat>;
   const Formula f = formula_of<kFormat>(c, u);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    w[i] = weight<kFormat>(static_cast<uint32_t>(u.codes >> (i * kBits)) & ((1u << kBits) - 1u), f, nf4);
+    w[i] = weight<kFormat>(static_cast<uint32_t>(u.codes >> (i * kBits)) & ((1u << kBits) - 1u), f,
+                           nf4);
 }
 
 __device__ void load_nf4(const DequantizeParams& p, float* nf4) {
@@ -229,7 +236,8 @@ __global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(const Dequantiz
 // With perm: a block per row, and column j goes to perm[j]. The row is put together in shared memory where it fits, and
 // leaves in order; scattered stores of 2 bytes would each move a sector of 32.
 template <Format kFormat>
-__global__ void __launch_bounds__(kThreads, 4) dequantize_permuted_kernel(const DequantizeParams p) {
+__global__ void __launch_bounds__(kThreads, 4)
+    dequantize_permuted_kernel(const DequantizeParams p) {
   float* nf4 = reinterpret_cast<float*>(dynamic_shared());
   if constexpr (kFormat == Format::kNf4) load_nf4(p, nf4);
   uint8_t* stage = dynamic_shared() + 64;
@@ -258,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 4) dequantize_permuted_kernel(const 
 
 template <Format kFormat>
 void start(DequantizeParams p, Stream stream) {
-  constexpr int64_t kTable = 64;           // bytes of the nf4 table
+  constexpr int64_t kTable = 64;              // bytes of the nf4 table
   constexpr int64_t kMostShared = 48 * 1024;  // what every device gives without being asked
   // Wide loads also need rows of whole units: nothing is read behind the last one.
   p.aligned = is_aligned(p.from.packed, p.from.row_bytes, kLoadBytes<kBitsOf<kFormat>>) &&
@@ -268,8 +276,8 @@ void start(DequantizeParams p, Stream stream) {
     const int64_t blocks = ceil_div(units, kThreads * kUnits);
     LOWBIT_CHECK(blocks < (int64_t{1} << 31), "dequantize: N=", p.from.N, " K=", p.from.K,
                  " is too large for one launch");
-    launch("dequantize", dequantize_kernel<kFormat>, Grid{static_cast<uint32_t>(blocks), 1, 1}, kThreads,
-           kTable, stream, p);
+    launch("dequantize", dequantize_kernel<kFormat>, Grid{static_cast<uint32_t>(blocks), 1, 1},
+           kThreads, kTable, stream, p);
   } else {
     const int64_t row = p.from.K * element_bytes(p.type);
     p.staged = kTable + row <= kMostShared ? row : 0;

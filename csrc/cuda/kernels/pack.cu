@@ -10,8 +10,8 @@ namespace {
 
 // This tile's bytes of each row into the stage; zeros past the row's end and past N.
 template <int kBits>
-__device__ void load_stage(const CanonicalParams& c, int64_t row0, int64_t column_byte, bool aligned,
-                           uint8_t* stage) {
+__device__ void load_stage(const CanonicalParams& c, int64_t row0, int64_t column_byte,
+                           bool aligned, uint8_t* stage) {
   using S = Stage<kBits>;
   constexpr int kVectors = kStripRows * kBits;  // 16 bytes each, kBits per row
   for (int i = static_cast<int>(threadIdx.x); i < kVectors; i += kPackThreads) {
@@ -76,7 +76,8 @@ __device__ void write_table(const uint8_t* from, int64_t N, int64_t groups, int6
   for (int i = static_cast<int>(threadIdx.x); i < table.count * kStripRows; i += kPackThreads) {
     const int group = table.first + i / kStripRows, p = i % kStripRows;
     const int64_t row = row0 + scale_position(p);
-    uint8_t* to = strip + table.offset + i / kStripRows * static_cast<int64_t>(table.row_bytes) + p * bytes;
+    uint8_t* to =
+        strip + table.offset + i / kStripRows * static_cast<int64_t>(table.row_bytes) + p * bytes;
     if (inside(row, N) && inside(group, groups)) {
       copy_bytes(to, from + (row * groups + group) * bytes, bytes);
     } else {
@@ -85,8 +86,8 @@ __device__ void write_table(const uint8_t* from, int64_t N, int64_t groups, int6
   }
 }
 
-__device__ void write_scales(const CanonicalParams& c, const WeightParams& w, const PackPlace& place,
-                             uint8_t* strip) {
+__device__ void write_scales(const CanonicalParams& c, const WeightParams& w,
+                             const PackPlace& place, uint8_t* strip) {
   const int64_t row0 = place.strip * kStripRows;
   const int bytes = scale_bytes(w.scale_dtype);
   const uint8_t* scales = static_cast<const uint8_t*>(c.scales);
@@ -94,12 +95,15 @@ __device__ void write_scales(const CanonicalParams& c, const WeightParams& w, co
   if (w.one_scale) {
     // 16 bytes: the scale, then zeros.
     const int i = static_cast<int>(threadIdx.x);
-    if (i < 16) strip[table.offset + i] = i < bytes ? scales[(row0 / 128 * w.groups + table.first) * bytes + i] : 0;
+    if (i < 16)
+      strip[table.offset + i] =
+          i < bytes ? scales[(row0 / 128 * w.groups + table.first) * bytes + i] : 0;
   } else {
     write_table(scales, w.N, w.groups, row0, bytes, table, strip);
   }
   if (w.zero_row_bytes > 0) {
-    write_table(static_cast<const uint8_t*>(c.zeros), w.N, w.groups, row0, w.zero_row_bytes / kStripRows,
+    write_table(static_cast<const uint8_t*>(c.zeros), w.N, w.groups, row0,
+                w.zero_row_bytes / kStripRows,
                 table_of(w, place.index, w.zeros_offset, w.zero_row_bytes), strip);
   }
 }
@@ -117,8 +121,8 @@ __device__ void write_padding(const WeightParams& w, const PackPlace& place, uin
 }
 
 template <int kBits>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(const CanonicalParams c, const WeightParams w,
-                                                            uint8_t* to, bool aligned) {
+__global__ void __launch_bounds__(kPackThreads)
+    pack_kernel(const CanonicalParams c, const WeightParams w, uint8_t* to, bool aligned) {
   using P = Planes<kBits>;
   const PackPlace place = pack_place(w);
   uint8_t* strip = to + place.strip * w.strip_bytes;
@@ -145,8 +149,8 @@ struct Pack {
 
   template <int kBits>
   void run() const {
-    launch("pack", pack_kernel<kBits>, pack_grid(w), kPackThreads, Stage<kBits>::kBytes, stream, c, w, to,
-           is_aligned(c.packed, c.row_bytes, 16));
+    launch("pack", pack_kernel<kBits>, pack_grid(w), kPackThreads, Stage<kBits>::kBytes, stream, c,
+           w, to, is_aligned(c.packed, c.row_bytes, 16));
   }
 };
 
@@ -155,7 +159,8 @@ struct Pack {
 void launch_pack(const CanonicalParams& from, const WeightParams& w, uint8_t* to, Stream stream) {
   with_bits(w.bits, Pack{from, w, to, stream});
   if (from.perm != nullptr)
-    copy_perm("pack_perm", from.perm, reinterpret_cast<int32_t*>(to + w.strips * w.strip_bytes), w.K, stream);
+    copy_perm("pack_perm", from.perm, reinterpret_cast<int32_t*>(to + w.strips * w.strip_bytes),
+              w.K, stream);
 }
 
 }  // namespace lowbit::cuda

@@ -45,14 +45,15 @@ __device__ inline PackPlace pack_place(const WeightParams& w) {
 inline Grid pack_grid(const WeightParams& w) {
   const int64_t per_strip = w.tiles + (w.groups_per_tile == 0 ? 1 : 0);
   const int64_t blocks = per_strip * w.strips;
-  LOWBIT_CHECK(blocks < (int64_t{1} << 31), "pack: N=", w.N, " K=", w.K, " is too large for one launch");
+  LOWBIT_CHECK(blocks < (int64_t{1} << 31), "pack: N=", w.N, " K=", w.K,
+               " is too large for one launch");
   return {static_cast<uint32_t>(blocks), 1, 1};
 }
 
 // Rows of scales (zeros) of a strip: groups [first, first + count) stand in order behind `offset`, in elements of `size`
 // bytes. What pack writes there and unpack reads.
 struct Table {
-  int64_t offset;     // from the start of the strip
+  int64_t offset;  // from the start of the strip
   int32_t first, count;
   int32_t row_bytes;  // from one group to the next
 };
@@ -74,11 +75,13 @@ __device__ inline void copy_bytes(uint8_t* to, const uint8_t* from, int bytes) {
 }
 
 // perm travels unchanged.
-static __global__ void __launch_bounds__(256) copy_perm_kernel(const int32_t* from, int32_t* to, int64_t count) {
+static __global__ void __launch_bounds__(256)
+    copy_perm_kernel(const int32_t* from, int32_t* to, int64_t count) {
   const int64_t i = blockIdx.x * int64_t{256} + threadIdx.x;
   if (inside(i, count)) to[i] = from[i];
 }
-inline void copy_perm(const char* name, const int32_t* from, int32_t* to, int64_t count, Stream stream) {
+inline void copy_perm(const char* name, const int32_t* from, int32_t* to, int64_t count,
+                      Stream stream) {
   launch(name, copy_perm_kernel, Grid{static_cast<uint32_t>(ceil_div(count, 256)), 1, 1}, 256, 0,
          stream, from, to, count);
 }

@@ -78,8 +78,8 @@ void prepare(const PrepareParams& p, Stream stream) {
   const int64_t blocks = int64_t{p.blocks_per_row} * ceil_div(p.M, kRows);
   LOWBIT_CHECK(blocks < (int64_t{1} << 31), "prepare_rows: M=", p.M, " K=", p.K,
                " is too large for one launch");
-  launch("prepare_rows", prepare_rows_kernel<kSize>, Grid{static_cast<uint32_t>(blocks), 1, 1}, kThreads, 0,
-         stream, p);
+  launch("prepare_rows", prepare_rows_kernel<kSize>, Grid{static_cast<uint32_t>(blocks), 1, 1},
+         kThreads, 0, stream, p);
 }
 
 // ---- dx back into the original order -----------------------------------------------------------------------------------
@@ -113,27 +113,24 @@ void scatter(ScatterParams p, int64_t M, Stream stream) {
 
 }  // namespace
 
-void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, void* to, int64_t columns,
-                         Stream stream) {
+void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, void* to,
+                         int64_t columns, Stream stream) {
   const int size = element_bytes(x.type);
   LOWBIT_CHECK(size <= 2, "prepare_rows: the general kernel takes fp32 activations as they are");
-  LOWBIT_CHECK(columns >= K && is_aligned(to, columns * size, 16), "prepare_rows: rows of ", columns,
-               " elements of ", size, " bytes are not whole 16-byte pieces that hold K=", K);
-  const PrepareParams p{x.data,
-                        x.M,
-                        K,
-                        x.stride,
-                        columns,
-                        perm,
-                        to,
-                        static_cast<uint32_t>(ceil_div(columns * size, 16 * kThreads))};
+  LOWBIT_CHECK(columns >= K && is_aligned(to, columns * size, 16), "prepare_rows: rows of ",
+               columns, " elements of ", size,
+               " bytes are not whole 16-byte pieces that hold K=", K);
+  const PrepareParams p{
+      x.data,  x.M,  K,  x.stride,
+      columns, perm, to, static_cast<uint32_t>(ceil_div(columns * size, 16 * kThreads))};
   if (size == 2) return prepare<2>(p, stream);
   prepare<1>(p, stream);
 }
 
-void launch_scatter_columns(const void* from, int64_t M, int64_t K, const int32_t* perm, Element type, void* to,
-                            Stream stream) {
-  LOWBIT_CHECK(element_bytes(type) == 2, "scatter_columns: only the kernels of 16-bit activations need it");
+void launch_scatter_columns(const void* from, int64_t M, int64_t K, const int32_t* perm,
+                            Element type, void* to, Stream stream) {
+  LOWBIT_CHECK(element_bytes(type) == 2,
+               "scatter_columns: only the kernels of 16-bit activations need it");
   scatter(ScatterParams{from, K, perm, to, 0}, M, stream);
 }
 

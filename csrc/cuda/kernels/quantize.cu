@@ -41,8 +41,8 @@ void start(QuantizeLaunch p, Stream stream) {
   const int64_t blocks = p.shared_groups ? p.groups : ceil_div(p.groups, kTeams);
   LOWBIT_CHECK(blocks < (int64_t{1} << 31), "quantize: N=", c.N, " K=", c.K, " has ", p.groups,
                " groups, too many for one launch");
-  launch("quantize", quantize_kernel<Source>, Grid{static_cast<uint32_t>(blocks), 1, 1}, kQuantizeThreads,
-         kQuantizeShared, stream, p);
+  launch("quantize", quantize_kernel<Source>, Grid{static_cast<uint32_t>(blocks), 1, 1},
+         kQuantizeThreads, kQuantizeShared, stream, p);
 }
 
 void start_integers(const QuantizeLaunch& p, Stream stream) {
@@ -58,7 +58,8 @@ void start_integers(const QuantizeLaunch& p, Stream stream) {
       return start<Integers<ZeroKind::kFloat>>(p, stream);
 #endif
     default:
-      fail("quantize: no kernel for zero_kind=", static_cast<int>(p.q.shape.zero_kind), " in this build");
+      fail("quantize: no kernel for zero_kind=", static_cast<int>(p.q.shape.zero_kind),
+           " in this build");
   }
 }
 

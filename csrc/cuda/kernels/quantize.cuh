@@ -23,10 +23,10 @@
 
 namespace lowbit::cuda {
 
-inline constexpr int kTeam = 16;   // lanes; the sums' order is that of the CPU's 16 lanes
-inline constexpr int kTeams = 8;   // per block
+inline constexpr int kTeam = 16;  // lanes; the sums' order is that of the CPU's 16 lanes
+inline constexpr int kTeams = 8;  // per block
 inline constexpr int kQuantizeThreads = kTeam * kTeams;
-inline constexpr int kChunk = 128; // codes that a team stages before it packs them
+inline constexpr int kChunk = 128;  // codes that a team stages before it packs them
 
 struct QuantizeLaunch {
   QuantizeParams q;
@@ -47,7 +47,7 @@ struct Group {
   const uint8_t* weight;    // its first element
   const float* importance;  // of its first column, or null
   int64_t row_stride;
-  int32_t count, width;     // elements; per row (all of them but for 128x128 blocks)
+  int32_t count, width;  // elements; per row (all of them but for 128x128 blocks)
   Element type;
 
   __device__ float value(int32_t row, int32_t column) const {
@@ -122,7 +122,8 @@ __device__ rules::Affine refit(const Group& group, int lane, const Encoder& e) {
   rules::Moments s{};
   for_lane(group, lane, [&](float v, int32_t column) {
     const double x = v, level = e.level(v);
-    const double weight = group.importance == nullptr ? 1.0 : static_cast<double>(group.importance[column]);
+    const double weight =
+        group.importance == nullptr ? 1.0 : static_cast<double>(group.importance[column]);
     s.w += weight;
     s.l += weight * level;
     s.ll += weight * level * level;
@@ -143,7 +144,8 @@ __device__ inline Found block_best(const Found& mine, Found* found) {
   Found best = found[0];
   for (int t = 1; t < kTeams; ++t) {
     const Found other = found[t];
-    if (other.error < best.error || (other.error == best.error && other.index < best.index)) best = other;
+    if (other.error < best.error || (other.error == best.error && other.index < best.index))
+      best = other;
   }
   return best;
 }
@@ -160,13 +162,15 @@ __device__ void search_scale(const QuantizeLaunch& p, const Group& group, int la
   const int step = p.shared_groups ? kTeams : 1;
   for (int i = first; i < rules::kSearchSteps; i += step) {
     if (!ptx::any_lane(active && best.error > 0)) break;
-    candidate.p = rules::affine_of<kKind>(p.grid, range, rules::search_factor<kKind>(p.grid, range, i));
+    candidate.p =
+        rules::affine_of<kKind>(p.grid, range, rules::search_factor<kKind>(p.grid, range, i));
     const double error = squared_error(group, lane, candidate);
     if (active && rules::usable_scale(candidate.p.scale) && error < best.error) best = {error, i};
   }
   if (p.shared_groups) best = block_best(best, found);
   if (best.index < rules::kSearchSteps)
-    e.p = rules::affine_of<kKind>(p.grid, range, rules::search_factor<kKind>(p.grid, range, best.index));
+    e.p = rules::affine_of<kKind>(p.grid, range,
+                                  rules::search_factor<kKind>(p.grid, range, best.index));
   for (int i = 0; i < rules::kSearchRefits; ++i) {
     active = active && best.error > 0;
     if (!ptx::any_lane(active)) break;
@@ -181,8 +185,8 @@ __device__ void search_scale(const QuantizeLaunch& p, const Group& group, int la
 
 // Eight-bit codes: one byte each, in place. `rank` of `teams` teams take turns in the rows of 16.
 template <class Encoder>
-__device__ void store_bytes(const Group& group, const Encoder& e, int lane, int rank, int teams, int64_t row_bytes,
-                            uint8_t* to) {
+__device__ void store_bytes(const Group& group, const Encoder& e, int lane, int rank, int teams,
+                            int64_t row_bytes, uint8_t* to) {
   for (int32_t i = rank * kTeam + lane; inside(i, group.count); i += teams * kTeam) {
     const int32_t row = i / group.width, column = i % group.width;
     to[row * row_bytes + column] = e.code(group.value(row, column));
@@ -192,8 +196,8 @@ __device__ void store_bytes(const Group& group, const Encoder& e, int lane, int 
 // Narrower codes, always of one row: 128 at a time become bytes in shared memory, then a lane packs eight of them into
 // `bits` bytes. `chunks` is the same for both teams of a warp.
 template <class Encoder>
-__device__ void store_packed(const Group& group, const Encoder& e, int lane, int rank, int teams, int32_t chunks,
-                             int bits, uint8_t* stage, uint8_t* to) {
+__device__ void store_packed(const Group& group, const Encoder& e, int lane, int rank, int teams,
+                             int32_t chunks, int bits, uint8_t* stage, uint8_t* to) {
   for (int32_t chunk = rank; chunk < chunks; chunk += teams) {
     for (int i = lane; i < kChunk; i += kTeam)
       stage[i] = inside(chunk * kChunk + i, group.count) ? e.code(group.at(chunk * kChunk + i)) : 0;
@@ -224,7 +228,8 @@ template <class Encoder>
 __device__ void quantize_group(const QuantizeLaunch& p, Encoder e) {
   constexpr ZeroKind kKind = Encoder::kZeros;
   const CanonicalParams& c = p.q.shape;
-  const int lane = static_cast<int>(threadIdx.x) % kTeam, team = static_cast<int>(threadIdx.x) / kTeam;
+  const int lane = static_cast<int>(threadIdx.x) % kTeam,
+            team = static_cast<int>(threadIdx.x) / kTeam;
   const int64_t index = p.shared_groups ? blockIdx.x : blockIdx.x * int64_t{kTeams} + team;
   const bool exists = inside(index, p.groups);
   const int64_t row = exists ? index / c.groups : 0, g = exists ? index % c.groups : 0;
@@ -246,13 +251,17 @@ __device__ void quantize_group(const QuantizeLaunch& p, Encoder e) {
     store_bytes(group, e, lane, rank, teams, c.row_bytes, packed);
   } else {
     const int32_t chunks = static_cast<int32_t>((c.group_size + kChunk - 1) / kChunk);
-    store_packed(group, e, lane, rank, teams, (chunks + teams - 1) / teams * teams, c.bits, stage, packed);
+    store_packed(group, e, lane, rank, teams, (chunks + teams - 1) / teams * teams, c.bits, stage,
+                 packed);
   }
   if (!exists || lane != 0 || rank != 0) return;
-  const int bytes = scale_bytes(p.grid.scale_dtype), zero_size = kKind == ZeroKind::kInt ? 1 : bytes;
-  rules::store_rounded(e.p.scale, p.grid.scale_dtype, static_cast<uint8_t*>(p.q.to.scales) + index * bytes);
+  const int bytes = scale_bytes(p.grid.scale_dtype),
+            zero_size = kKind == ZeroKind::kInt ? 1 : bytes;
+  rules::store_rounded(e.p.scale, p.grid.scale_dtype,
+                       static_cast<uint8_t*>(p.q.to.scales) + index * bytes);
   if (kKind != ZeroKind::kNone)
-    rules::store_zero<kKind>(e.p, p.grid.scale_dtype, static_cast<uint8_t*>(p.q.to.zeros) + index * zero_size);
+    rules::store_zero<kKind>(e.p, p.grid.scale_dtype,
+                             static_cast<uint8_t*>(p.q.to.zeros) + index * zero_size);
 }
 
 }  // namespace lowbit::cuda

@@ -27,9 +27,9 @@ constexpr int kWarps = kThreads / 32;
 struct ActivationParams {
   QuantizeActivationParams q;
   int64_t groups, segments;
-  int32_t team;           // threads per segment: a power of two, 8..256
-  bool vector_loads;      // pieces of x lie on 16-byte boundaries
-  bool vector_stores;     // pieces of xq lie on 8-byte boundaries
+  int32_t team;        // threads per segment: a power of two, 8..256
+  bool vector_loads;   // pieces of x lie on 16-byte boundaries
+  bool vector_stores;  // pieces of xq lie on 8-byte boundaries
 };
 
 // One scale: what a thread needs to make codes. `inverse` is NaN where the shortcut must not be taken; then every
@@ -40,7 +40,8 @@ struct Coder {
 
 __device__ float usable_inverse(float scale) {
   // Between these, 1 / scale is a normal number, off by 2^-24 of itself at most.
-  return scale > 0x1p-100f && scale < 0x1p100f ? ptx::div_rn(1.0f, scale) : rules::bits_float(0x7fc00000u);
+  return scale > 0x1p-100f && scale < 0x1p100f ? ptx::div_rn(1.0f, scale)
+                                               : rules::bits_float(0x7fc00000u);
 }
 
 // x * inverse is off from the rounded quotient x / scale by less than 3 * 2^-24 of it (two roundings here, one there).
@@ -59,7 +60,9 @@ struct Int8 {
 
  private:
   __device__ static uint32_t code(float level, const Coder& c) {
-    return static_cast<uint32_t>(static_cast<int32_t>(rules::clamp(level + c.zero, c.low, 127.0f))) & 0xffu;
+    return static_cast<uint32_t>(
+               static_cast<int32_t>(rules::clamp(level + c.zero, c.low, 127.0f))) &
+           0xffu;
   }
   __device__ static float magnitude(float value) {
     return rules::bits_float(rules::float_bits(value) & 0x7fffffffu);
@@ -106,7 +109,8 @@ struct Extent {
 // The whole team's. Every thread of the block takes part, whether its segment exists or not.
 __device__ Extent team_extent(Extent e, int team) {
   for (int mask = 1; mask < 32 && mask < team; mask *= 2)
-    e.add({ptx::shuffle_xor(e.low, mask), ptx::shuffle_xor(e.high, mask), ptx::shuffle_xor(e.nan, mask)});
+    e.add({ptx::shuffle_xor(e.low, mask), ptx::shuffle_xor(e.high, mask),
+           ptx::shuffle_xor(e.nan, mask)});
   if (team <= 32) return e;
   Extent* warps = reinterpret_cast<Extent*>(dynamic_shared());  // [kWarps]
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -139,7 +143,8 @@ __device__ Coder coder_of(const QuantizeActivationParams& q, const rules::Range&
     const float most = range.high > 0.0f ? range.high : 0.0f;
     c.scale = ptx::div_rn(most - least, 255.0f);
     if (c.scale > 0.0f)
-      c.zero = rules::clamp(rules::round_even(Int8::bounded(-128.0f - ptx::div_rn(least, c.scale))), -128.0f, 127.0f);
+      c.zero = rules::clamp(rules::round_even(Int8::bounded(-128.0f - ptx::div_rn(least, c.scale))),
+                            -128.0f, 127.0f);
   }
   if (c.scale == 0.0f) c.scale = 1.0f;
   if (range.has_nan) c.scale = rules::bits_float(0x7fc00000u);
@@ -190,7 +195,8 @@ __device__ Piece<kType> load_piece(const Segment& s, int32_t k, bool vectors) {
     if constexpr (kSize == 4) {
       piece.words[i] = reinterpret_cast<const uint32_t*>(from)[i];
     } else {
-      piece.words[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[i]) << (i % 2 * 16);
+      piece.words[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[i])
+                            << (i % 2 * 16);
     }
   }
   return piece;
@@ -198,11 +204,13 @@ __device__ Piece<kType> load_piece(const Segment& s, int32_t k, bool vectors) {
 
 // In fp32, multiplied by pre_scale.
 template <Element kType>
-__device__ void values_of(const Segment& s, int32_t k, const Piece<kType>& piece, float (&v)[kPiece]) {
+__device__ void values_of(const Segment& s, int32_t k, const Piece<kType>& piece,
+                          float (&v)[kPiece]) {
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) {
     v[i] = piece.value(i);
-    if (s.pre_scale != nullptr && inside(i, s.end - k)) v[i] = ptx::mul_rn(v[i], s.pre_scale[k + i]);
+    if (s.pre_scale != nullptr && inside(i, s.end - k))
+      v[i] = ptx::mul_rn(v[i], s.pre_scale[k + i]);
   }
 }
 
@@ -217,7 +225,8 @@ __device__ void add_piece(const Segment& s, int32_t k, const Piece<kType>& piece
 
 // The codes that `quick` could not settle, one after the other: one division in the code instead of eight.
 template <class Code>
-__device__ void settle(uint32_t unsettled, const float (&v)[kPiece], const Coder& c, uint32_t (&words)[2]) {
+__device__ void settle(uint32_t unsettled, const float (&v)[kPiece], const Coder& c,
+                       uint32_t (&words)[2]) {
 #pragma unroll 1
   for (int i = 0; i < kPiece; ++i) {
     if ((unsettled >> i & 1u) == 0) continue;
@@ -235,8 +244,8 @@ __device__ void settle(uint32_t unsettled, const float (&v)[kPiece], const Coder
 }
 
 template <class Code, Element kType>
-__device__ void store_piece(const Segment& s, int32_t k, const Piece<kType>& piece, const Coder& c, bool vectors,
-                            uint8_t* to) {
+__device__ void store_piece(const Segment& s, int32_t k, const Piece<kType>& piece, const Coder& c,
+                            bool vectors, uint8_t* to) {
   float v[kPiece];
   values_of(s, k, piece, v);
   uint32_t words[2] = {}, unsettled = 0;
@@ -260,16 +269,19 @@ __device__ void store_piece(const Segment& s, int32_t k, const Piece<kType>& pie
 // ---- kernel ------------------------------------------------------------------------------------------------------------
 
 template <Element kType, class Code>
-__global__ void __launch_bounds__(kThreads, 2) quantize_activation_kernel(const ActivationParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    quantize_activation_kernel(const ActivationParams p) {
   constexpr int kKept = Piece<kType>::kKept;
   const QuantizeActivationParams& q = p.q;
   const int rank = static_cast<int>(threadIdx.x) % p.team;
-  const int64_t segment = blockIdx.x * static_cast<int64_t>(kThreads / p.team) + threadIdx.x / p.team;
+  const int64_t segment =
+      blockIdx.x * static_cast<int64_t>(kThreads / p.team) + threadIdx.x / p.team;
   const bool exists = inside(segment, p.segments);
   const int64_t m = exists ? segment / p.groups : 0, g = exists ? segment % p.groups : 0;
   Segment s{static_cast<const uint8_t*>(q.x) + m * q.stride * element_bytes(kType), q.pre_scale,
             static_cast<int32_t>(g * q.group_size), 0};
-  if (exists) s.end = static_cast<int32_t>(s.begin + q.group_size < q.K ? s.begin + q.group_size : q.K);
+  if (exists)
+    s.end = static_cast<int32_t>(s.begin + q.group_size < q.K ? s.begin + q.group_size : q.K);
 
   const int32_t k0 = s.begin + rank * kPiece;
   const int step = p.team * kPiece;
@@ -285,7 +297,8 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_activation_kernel(const 
   const Coder coder = coder_of(q, range_of(team_extent(extent, p.team)));
   uint8_t* to = static_cast<uint8_t*>(q.xq) + m * q.K;
 #pragma unroll
-  for (int j = 0; j < kKept; ++j) store_piece<Code>(s, k0 + j * step, kept[j], coder, p.vector_stores, to);
+  for (int j = 0; j < kKept; ++j)
+    store_piece<Code>(s, k0 + j * step, kept[j], coder, p.vector_stores, to);
   for (int32_t k = k0 + kKept * step; inside(k, s.end); k += step)
     store_piece<Code>(s, k, load_piece<kType>(s, k, p.vector_loads), coder, p.vector_stores, to);
   if (exists && rank == 0) {
@@ -302,9 +315,11 @@ void start(const ActivationParams& p, Stream stream) {
   const Grid grid{static_cast<uint32_t>(blocks), 1, 1};
   constexpr int64_t kShared = kWarps * static_cast<int64_t>(sizeof(Extent));
   if (p.q.format == Element::kInt8) {
-    launch("quantize_activation_int8", quantize_activation_kernel<kType, Int8>, grid, kThreads, kShared, stream, p);
+    launch("quantize_activation_int8", quantize_activation_kernel<kType, Int8>, grid, kThreads,
+           kShared, stream, p);
   } else {
-    launch("quantize_activation_fp8", quantize_activation_kernel<kType, Fp8>, grid, kThreads, kShared, stream, p);
+    launch("quantize_activation_fp8", quantize_activation_kernel<kType, Fp8>, grid, kThreads,
+           kShared, stream, p);
   }
 }
 
@@ -318,7 +333,8 @@ int32_t team_size(int64_t length) {
 }  // namespace
 
 void launch_quantize_activation(const QuantizeActivationParams& q, Stream stream) {
-  LOWBIT_CHECK(q.K < (int64_t{1} << 30), "quantize_activation: K=", q.K, " exceeds the supported 2^30");
+  LOWBIT_CHECK(q.K < (int64_t{1} << 30), "quantize_activation: K=", q.K,
+               " exceeds the supported 2^30");
   const int64_t groups = ceil_div(q.K, q.group_size), size = element_bytes(q.type);
   ActivationParams p{q, groups, q.M * groups, team_size(q.group_size), false, false};
   // A lone group spans its row; others start at multiples of eight elements.
@@ -328,7 +344,8 @@ void launch_quantize_activation(const QuantizeActivationParams& q, Stream stream
   if (q.type == Element::kFloat32) return start<Element::kFloat32>(p, stream);
   if (q.type == Element::kFloat16) return start<Element::kFloat16>(p, stream);
 #endif
-  LOWBIT_CHECK(q.type == Element::kBFloat16, "quantize_activation: no kernel for this dtype in this build");
+  LOWBIT_CHECK(q.type == Element::kBFloat16,
+               "quantize_activation: no kernel for this dtype in this build");
   start<Element::kBFloat16>(p, stream);
 }
 

@@ -38,8 +38,8 @@ __device__ void fill_stage(const uint8_t* tile, uint8_t* stage) {
 }
 
 template <int kBits>
-__device__ void store_stage(const CanonicalParams& c, uint8_t* packed, int64_t row0, int64_t column_byte,
-                            bool aligned, const uint8_t* stage) {
+__device__ void store_stage(const CanonicalParams& c, uint8_t* packed, int64_t row0,
+                            int64_t column_byte, bool aligned, const uint8_t* stage) {
   using S = Stage<kBits>;
   for (int i = static_cast<int>(threadIdx.x); i < kStripRows * kBits; i += kPackThreads) {
     const int row = i / kBits, at = i % kBits * 16;
@@ -58,15 +58,16 @@ __device__ void store_stage(const CanonicalParams& c, uint8_t* packed, int64_t r
   }
 }
 
-__device__ void read_table(const uint8_t* strip, const Table& table, int64_t N, int64_t groups, int64_t row0,
-                           int bytes, uint8_t* to) {
+__device__ void read_table(const uint8_t* strip, const Table& table, int64_t N, int64_t groups,
+                           int64_t row0, int bytes, uint8_t* to) {
   for (int i = static_cast<int>(threadIdx.x); i < table.count * kStripRows; i += kPackThreads) {
     const int group = table.first + i / kStripRows, p = i % kStripRows;
     const int64_t row = row0 + scale_position(p);
     if (inside(row, N) && inside(group, groups)) {
-      copy_bytes(to + (row * groups + group) * bytes,
-                 strip + table.offset + i / kStripRows * static_cast<int64_t>(table.row_bytes) + p * bytes,
-                 bytes);
+      copy_bytes(
+          to + (row * groups + group) * bytes,
+          strip + table.offset + i / kStripRows * static_cast<int64_t>(table.row_bytes) + p * bytes,
+          bytes);
     }
   }
 }
@@ -81,25 +82,28 @@ __device__ void read_scales(const WeightParams& w, const PackPlace& place, const
     read_table(strip, table, w.N, w.groups, row0, bytes, scales);
   } else if (row0 % 128 == 0 && static_cast<int>(threadIdx.x) < bytes) {
     // Two strips hold a block row's scale: the first one writes it.
-    scales[(row0 / 128 * w.groups + table.first) * bytes + threadIdx.x] = strip[table.offset + threadIdx.x];
+    scales[(row0 / 128 * w.groups + table.first) * bytes + threadIdx.x] =
+        strip[table.offset + threadIdx.x];
   }
   if (w.zero_row_bytes > 0) {
-    read_table(strip, table_of(w, place.index, w.zeros_offset, w.zero_row_bytes), w.N, w.groups, row0,
-               w.zero_row_bytes / kStripRows, static_cast<uint8_t*>(to.zeros));
+    read_table(strip, table_of(w, place.index, w.zeros_offset, w.zero_row_bytes), w.N, w.groups,
+               row0, w.zero_row_bytes / kStripRows, static_cast<uint8_t*>(to.zeros));
   }
 }
 
 // Shared memory: the tile's codes as they lie, then the stage.
 template <int kBits>
-__global__ void __launch_bounds__(kPackThreads) unpack_kernel(const WeightParams w, const CanonicalParams c,
-                                                              const CanonicalOut to, bool aligned) {
+__global__ void __launch_bounds__(kPackThreads)
+    unpack_kernel(const WeightParams w, const CanonicalParams c, const CanonicalOut to,
+                  bool aligned) {
   const PackPlace place = pack_place(w);
   const uint8_t* strip = w.data + place.strip * w.strip_bytes;
   if (place.index < w.tiles) {
     constexpr int kCodesBytes = 1024 * kBits;
     uint8_t* codes = dynamic_shared();
     uint8_t* stage = codes + kCodesBytes;
-    const uint4* from = reinterpret_cast<const uint4*>(strip + place.index * static_cast<int64_t>(w.tile_bytes));
+    const uint4* from =
+        reinterpret_cast<const uint4*>(strip + place.index * static_cast<int64_t>(w.tile_bytes));
     for (int i = static_cast<int>(threadIdx.x); i < kCodesBytes / 16; i += kPackThreads)
       reinterpret_cast<uint4*>(codes)[i] = ptx::load_once(from + i);
     ptx::sync_block();
@@ -120,14 +124,16 @@ struct Unpack {
 
   template <int kBits>
   void run() const {
-    launch("unpack", unpack_kernel<kBits>, pack_grid(w), kPackThreads, 1024 * kBits + Stage<kBits>::kBytes,
-           stream, w, shape, to, is_aligned(to.packed, shape.row_bytes, 16));
+    launch("unpack", unpack_kernel<kBits>, pack_grid(w), kPackThreads,
+           1024 * kBits + Stage<kBits>::kBytes, stream, w, shape, to,
+           is_aligned(to.packed, shape.row_bytes, 16));
   }
 };
 
 }  // namespace
 
-void launch_unpack(const WeightParams& w, const CanonicalParams& shape, const CanonicalOut& to, Stream stream) {
+void launch_unpack(const WeightParams& w, const CanonicalParams& shape, const CanonicalOut& to,
+                   Stream stream) {
   with_bits(w.bits, Unpack{w, shape, to, stream});
   if (w.perm != nullptr) copy_perm("unpack_perm", w.perm, to.perm, w.K, stream);
 }
