@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from checkpoints import Layer, awq_gemm, awq_gemv, awq_gemv_fast, check, marlin, named, peer_tensors, records, write
 from lowbit import ArtifactError, formats
-from lowbit.formats import awq
 
 
 def awq_marlin(layer: Layer) -> dict[str, Any]:
@@ -106,9 +105,8 @@ def test_bias_and_scales_of_activations(tmp_path: Path) -> None:
     assert torch.equal(found["mlp.fc"].bias, bias) and torch.equal(found["mlp.act.scales"], scales)
 
 
-def test_wide_layers_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(awq, "_CHUNK", 16 * 128)
-    layer = Layer(N=56)
+def test_an_odd_number_of_columns(tmp_path: Path) -> None:
+    layer = Layer(K=33, group_size=-1)
     check(records(save(tmp_path, layer, "gemm"))["fc"], layer.W)
 
 

@@ -35,8 +35,6 @@ _LEAVES: Final = ("qweight", "qzeros", "scales", "bias")
 _KEYS: Final = ("bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "quant_method")
 _VERSIONS: Final = ("gemm", "gemv", "gemv_fast", "marlin")
 _SCALES: Final = tuple(SCALE_DTYPES)
-# Codes unpacked at a time.
-_CHUNK: Final = 1 << 24
 # Nibble of a word that holds column 8c + j.
 _NIBBLE: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -140,11 +138,13 @@ def _plan_gemm(module: Module, group_size: int) -> PlannedLinear:
 def _read_gemm(module: Module, shape: tuple[int, int], group_size: int) -> LinearRecord:
     N, K = shape
     words = module.read("qweight")
+    if K % 2:
+        words = torch.cat([words, words.new_zeros(1, words.shape[1])])
+    even, odd = words[0::2], words[1::2]
     packed = torch.empty(N, (K + 1) // 2, dtype=torch.uint8)
-    step = max(8, _CHUNK // K // 8 * 8)  # some columns at a time, so that there is never a byte for every code
-    for begin in range(0, N, step):
-        part = words[:, begin // 8 : min(begin + step, N) // 8]
-        packed[begin : begin + step] = pack_codes(_columns(part).t(), 4)
+    for column, nibble in enumerate(_NIBBLE):  # bytes of two k at once, for every eighth row of W
+        low, high = (even >> 4 * nibble) & 15, (odd >> 4 * nibble) & 15
+        packed[column::8] = (low | high << 4).to(torch.uint8).t()
     zeros = _columns(module.read("qzeros")).t()
     weight = integer_weight(4, shape, group_size, packed, module.read("scales").t(), zeros)
     return LinearRecord(weight, module.bias())
