@@ -148,7 +148,7 @@ class TokenFetcher {
 
   __device__ void fetch(const uint8_t* row, int step, uint8_t* to) const {
     const int left = 2 * (K_ - step * kStep);  // bytes of a row
-    if (left >= kStep * 2) {
+    if (!inside(left, kStep * 2)) {
 #pragma unroll
       for (int j = 0; j < kEach; ++j, row += kApart * 2 * x_.stride) {
         if (inside(j * kApart, rows_)) ptx::cp_async_16(to + place(j), row, 16);

@@ -87,7 +87,7 @@ class MatrixWarp {
         ptx::
             sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
       }
-      if (fetched < segment.last) fetch(fetched, dynamic_shared() + filled * layout_.bytes);
+      if (inside(fetched, segment.last)) fetch(fetched, dynamic_shared() + filled * layout_.bytes);
       ptx::cp_async_commit();  // an empty group too: waiting counts groups
       ++fetched;
       advance(filled);

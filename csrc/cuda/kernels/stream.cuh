@@ -69,7 +69,7 @@ class StreamWarp {
         ptx::
             sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
       }
-      if (fetched < segment.last) fetch(from, fetched, filled);
+      if (inside(fetched, segment.last)) fetch(from, fetched, filled);
       ptx::cp_async_commit();  // an empty group too: waiting counts groups
       fetched += kWarps;
       advance(filled);
