@@ -153,6 +153,19 @@ def test_refused(tmp_path: Path, version: str, config: dict[str, Any], tensors: 
         records(folder)
 
 
+def test_some_layer_of_no_layout(tmp_path: Path) -> None:
+    layer = Layer()
+    tensors = {**named("a", awq_gemm(layer)), **named("b", {**awq_gemm(layer), "qweight": np.zeros((3, 3), np.int32)})}
+    with pytest.raises(ArtifactError, match=r"b: qweight I32 \[3, 3\], qzeros .*: not a layout of AWQ"):
+        records(write(tmp_path, tensors, awq_config(layer, "gemm")))
+
+
+def test_without_layers(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"norm.weight": torch.ones(2)}, awq_config(Layer(), "gemm"))
+    with pytest.raises(ArtifactError, match=r"says AWQ, but no tensor of .* is called qweight"):
+        records(folder, "awq")
+
+
 def test_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="without a config, which would say how large groups are"):
         records(write(tmp_path, named("fc", awq_gemm(Layer()))))

@@ -280,6 +280,8 @@ GROUP, WEIGHTS, INPUTS = (
         ("config_groups", {}, "'config_groups' is '{}', it must be an object with a group of layers"),
         ("config_groups", {"W8A8": ["Linear"]}, r"'W8A8' is .*, it must be an object"),
         ("config_groups", None, "config_groups"),
+        (GROUP, None, "'group_0' is 'None', it must be an object"),
+        (WEIGHTS, {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 64]}, r"must be \[128, 128\]"),
         (f"{GROUP}/targets", "Linear", "'targets' is 'Linear', it must be a list of strings"),
         (f"{GROUP}/targets", ["re:(a"], r"'re:\(a' is not a pattern that is understood: a '\(' is not closed"),
         (f"{GROUP}/targets", [r"re:(?<=a)b"], "not a pattern that is understood"),
@@ -349,9 +351,38 @@ def test_tensors_are_refused(tmp_path: Path, change: dict[str, Any], message: st
 )
 def test_static_inputs_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     layer = Layer(8, group_size=-1, symmetric=True)
-    tensors = {"weight": signed(layer), "weight_scale": layer.scales, "input_scale": np.ones(1, np.float32), **change}
+    static = {"input_scale": np.ones(1, np.float32), "input_zero_point": np.zeros(1, np.int8)}
+    tensors = {"weight": signed(layer), "weight_scale": layer.scales, **static, **change}
     with pytest.raises(ArtifactError, match=message):
         records(save(tmp_path, layer, tensors, inputs={**STATIC, "symmetric": False}))
+
+
+def test_static_inputs_without_their_zero(tmp_path: Path) -> None:
+    layer = Layer(8, group_size=-1, symmetric=True)
+    tensors = {"weight": signed(layer), "weight_scale": layer.scales, "input_scale": np.ones(1, np.float32)}
+    with pytest.raises(ArtifactError, match="but no input_zero_point"):
+        records(save(tmp_path, layer, tensors, inputs={**STATIC, "symmetric": False}))
+
+
+def test_without_a_config_and_without_layers(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", named("fc", ct_packed(Layer())))
+    with pytest.raises(ArtifactError, match="no config, which would say what compressed-tensors layers mean"):
+        records(folder)
+    folder = write(tmp_path / "b", {"norm.weight": torch.ones(2)}, ct_config())
+    with pytest.raises(ArtifactError, match=r"says compressed-tensors, but no layer of .* has a weight_scale"):
+        records(folder, "compressed-tensors")
+
+
+def test_a_name_without_end(tmp_path: Path) -> None:
+    folder = write(tmp_path, named("x" * 2000, ct_packed(Layer())), ct_config(ignore=["re:.*y"]))
+    with pytest.raises(ArtifactError, match="a layer's name of 2000 characters is too long"):
+        records(folder)
+
+
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    tensors = {"weight": np.zeros((2, 4, 8), np.int8), "weight_scale": np.ones((4, 1), np.float32)}
+    with pytest.raises(ArtifactError, match=r"weight is I8 \[2, 4, 8\]: expert tensors with three dimensions"):
+        records(save(tmp_path, Layer(8, group_size=-1, symmetric=True), tensors))
 
 
 def test_codes_outside_their_bits(tmp_path: Path) -> None:

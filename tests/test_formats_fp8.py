@@ -135,6 +135,14 @@ def test_fp8_without_a_config(tmp_path: Path) -> None:
         records(write(tmp_path, named("fc", {"weight": codes(8, 16), "weight_scale": torch.ones(1)})))
 
 
+@pytest.mark.parametrize("name", ["fp8", "modelopt"])
+def test_without_layers(tmp_path: Path, name: str) -> None:
+    config = {"quant_method": name, "quant_algo": "FP8"}
+    folder = write(tmp_path, {"norm.weight": torch.ones(2)}, config)
+    with pytest.raises(ArtifactError, match=r"says .*, but no layer of .* has a weight_scale"):
+        records(folder, name)
+
+
 # -- Model Optimizer -------------------------------------------------------------------------------------------------------
 
 

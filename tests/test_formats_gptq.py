@@ -224,6 +224,12 @@ def test_tensors_are_refused(tmp_path: Path, change: dict[str, Any], message: st
         records(save(tmp_path, layer, _tensors(layer, **change)))
 
 
+def test_codes_that_end_within_a_word(tmp_path: Path) -> None:
+    layer = Layer(3)
+    with pytest.raises(ArtifactError, match=r"qweight is I32 \[11, 32\]: no whole number of 3-bit codes"):
+        records(save(tmp_path, layer, _tensors(layer, qweight=np.zeros((11, 32), np.int32), g_idx=None)))
+
+
 def test_v2_that_calls_itself_v1(tmp_path: Path) -> None:
     layer = Layer(symmetric=True)
     with pytest.raises(ArtifactError, match="the config says v1 and sym, but all zeros are stored as 8, as v2 does"):

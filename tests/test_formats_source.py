@@ -153,6 +153,8 @@ def test_a_format_that_was_asked_for(tmp_path: Path) -> None:
         records(folder, "awk")
     with pytest.raises(ArtifactError):
         records(folder, "gptq")
+    with pytest.raises(ArtifactError, match="is a gguf file, not awq"):
+        records(DATA / "gguf-q4_k_m.gguf", "awq")
 
 
 def test_quantization_config_of_the_text_model(tmp_path: Path) -> None:

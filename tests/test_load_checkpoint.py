@@ -315,6 +315,15 @@ def test_not_strict(tmp_path: Path) -> None:
         load_checkpoint(folder, nn.Identity(), strict=False)
 
 
+def test_tensors_that_the_model_has_already(tmp_path: Path) -> None:
+    """The head's weight beside the embedding's that it is tied to, and a table that the model computes."""
+    given = {**tensors(), "head.weight": tensors()["embed.weight"], "table": torch.zeros(HIDDEN)}
+    report = load_checkpoint(write(tmp_path, given, gptq_config(Layer())), Model)
+    assert dict(report.unused) == {"head.weight": "tied to embed.weight", "table": "the model computes it"}
+    assert isinstance(report.model, Model) and report.model.head.weight is report.model.embed.weight
+    torch.testing.assert_close(report.model(IDS), dense()(IDS), rtol=1e-4, atol=1e-3)
+
+
 def test_a_bias_of_zeros_that_the_model_does_not_have(tmp_path: Path) -> None:
     """As auto-gptq writes one for layers without."""
     given = {k: torch.zeros_like(v) if k.endswith(("up.bias", "down.bias")) else v for k, v in tensors().items()}

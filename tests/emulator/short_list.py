@@ -61,7 +61,7 @@ NF4 = Spec("nf4", "none", 32, "float16")
 
 #: (N, K, multiprocessors). Few blocks with several tiles each, many blocks on one tile, blocks that begin inside a tile; N and
 #: K on no tile's end, and a last step of K that is nearly empty.
-SHAPES = ((130, 456, 3), (70, 2200, 40), (300, 520, 1), (700, 712, 2), (65, 264, 4))
+SHAPES = ((130, 456, 3), (70, 2200, 40), (300, 520, 1), (700, 712, 4), (65, 264, 4), (65, 88, 4))
 
 
 def tokens_of(kernel: str) -> int:
@@ -82,8 +82,8 @@ def gemm(kernel: str, spec: Spec, M: int, N: int, K: int, sms: int) -> Case:
 
 def gemm_cases(kernel: str) -> list[Case]:
     tokens = tokens_of(kernel)
-    rows = (tokens - 1, tokens, max(1, tokens - 5), tokens + 3 if kernel.startswith("matrix") else 1, 2)
-    specs = (INT4, INT3, SMALL_GROUPS, TABLE, BLOCKS)
+    rows = (tokens - 1, tokens, max(1, tokens - 5), tokens + 3 if kernel.startswith("matrix") else 1, 2, 2)
+    specs = (INT4, INT3, SMALL_GROUPS, TABLE, BLOCKS, TABLE)
     cases = [gemm(kernel, spec, M, *shape) for spec, M, shape in zip(specs, rows, SHAPES, strict=True)]
     if kernel == "general":
         cases.append(gemm(kernel, NF4, 3, 70, 104, 2))
@@ -132,7 +132,7 @@ def gemm_a8_cases(kernel: str) -> list[Case]:
     if kernel.startswith("a8_fp8"):
         kinds = [("fp8_e4m3", "fp8", 32), ("fp8_e4m3-block128", "fp8-g128", 128), ("fp8_e4m3", "fp8-g128", 48)]
     elif kernel.startswith("a8_int"):
-        kinds = [("int4-int", "int8-asym", 32), ("int3", "int8-g128", 48), ("int4", "int8", -1)]
+        kinds = [("int4-int", "int8-asym", 48), ("int3", "int8-g128", 32), ("int4", "int8", -1)]
     else:
         kinds = [("int4", "fp8", 32), ("int3", "int8-asym", 48), ("int4-int", "fp8-g128", 16)]
     rows = (tokens - 1, tokens + 2, 3)
@@ -142,15 +142,16 @@ def gemm_a8_cases(kernel: str) -> list[Case]:
     return cases
 
 
-def grad_case(kernel: str, spec: Spec, M: int, N: int, K: int) -> Case:
+def grad_case(kernel: str, spec: Spec, M: int, N: int, K: int, sms: int) -> Case:
     def run(backend: Emulator) -> Outputs:
+        backend.set_device(90, sms)
         dy = cases.random_x(M, N, dtype=torch.bfloat16)
         with problems.forced(kernel):
             dx = grad.grad(backend, dy, spec, N, K)
         reference.assert_close(dx, grad.expected(dy, spec, N, K), (kernel, spec))
         return [dx]
 
-    return Case(f"gemm_grad_input {kernel} {_name(spec)} M={M} N={N} K={K}", run)
+    return Case(f"gemm_grad_input {kernel} {_name(spec)} M={M} N={N} K={K} sms={sms}", run)
 
 
 # ---- weights and activations -------------------------------------------------------------------------------------------
@@ -223,9 +224,9 @@ def all_cases() -> tuple[Case, ...]:
     listed += [case for kernel in problems.A8 for case in gemm_a8_cases(kernel)]
     for kernel in problems.GRAD:
         specs = (with_perm, INT3, TABLE, SMALL_GROUPS)
-        shapes = ((20, 130, 200), (66, 65, 136), (3, 2100, 72), (70, 300, 328))
+        shapes = ((20, 130, 200, 4), (66, 65, 136, 4), (3, 2100, 136, 40), (60, 300, 328, 1))
         listed += [grad_case(kernel, spec, *shape) for spec, shape in zip(specs, shapes, strict=True)]
-    listed.append(grad_case("general", Spec("int4", "none", 24), 5, 64, 72))
+    listed.append(grad_case("general", Spec("int4", "none", 24), 5, 64, 72, 4))
     for spec, N, K in (
         (with_perm, 70, 300),
         (INT4, 65, 301),

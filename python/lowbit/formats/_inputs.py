@@ -50,7 +50,7 @@ class Inputs:
         if self.static:
             assert self.scale is not None
             self.module.check(self.scale, _FLOATS, *_ONE)
-            if self.zero is not None and self.zero in self.module:
+            if self.zero is not None and (self.zero in self.module or "asym" in str(self.activation)):
                 self.module.check(self.zero, (torch.int8, torch.int32, torch.uint8, *_FLOATS), *_ONE)
         elif self.scale is not None and self.scale in self.module:
             raise self.module.fail(f"has {self.scale}, a calibrated scale, but the config does not say static")
@@ -75,8 +75,7 @@ class Inputs:
         return LinearRecord(weight, module.bias(), scale, zero, pre_scale)
 
     def _zero(self) -> Tensor:
-        if self.zero is None or self.zero not in self.module:
-            return torch.zeros(1, dtype=torch.int32)
+        assert self.zero is not None
         value = self.module.read(self.zero).double().reshape(1)
         if not bool((value == value.round()).all() and value.abs().max() <= 128 and value.max() < 128):
             raise ValueError(f"{self.zero} is {value.tolist()}, not an int8")
