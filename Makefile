@@ -30,13 +30,14 @@ DEFINES := $(if $(filter off,$(CUDA)),-Ccmake.define.LOWBIT_CUDA=OFF,-Ccmake.def
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench build wheel clean FORCE
+.PHONY: help demo test test-all lint format mutants bench build wheel clean FORCE
 
 help:
 	@echo "make demo      quantize a real text encoder and run it: size, speed and accuracy"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests, the slow ones included"
 	@echo "make bench     the benchmarks"
+	@echo "make mutants   whether the tests would notice a missing barrier or bounds check in a CUDA kernel"
 	@echo "make lint      ruff, mypy and clang-format;  make format applies what can be applied"
 	@echo "make build     environment and lowbit in editable form;  again after a C++ change"
 	@echo "make wheel     dist/: a source distribution, and a wheel built from it"
@@ -55,6 +56,11 @@ test-all: build $(STAMPS)/demo
 
 bench: build $(STAMPS)/bench
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# Leaves out every barrier and bounds check of the CUDA kernels, one at a time: would a test notice?
+#   make mutants ARGS='--sample 10 --seed 3'
+mutants: build
+	PYTHONPATH=tests $(BIN)/python -m emulator.mutants $(ARGS)
 
 lint: build $(STAMPS)/dev
 	$(BIN)/ruff check .

@@ -165,8 +165,11 @@ def in_child(seconds: int, work: Callable[[], str]) -> str:
     return answer if os.WEXITSTATUS(status) == 0 else f"exit status {os.WEXITSTATUS(status)}"
 
 
-def serve(library: str, is_sanitized: bool, mutants: list[int], cover: list[int] | None) -> None:
-    """Prints a JSON line per case (what it reaches) or per mutant (what became of it)."""
+def serve(library: str, is_sanitized: bool, mutants: list[int], cover: list[int]) -> None:
+    """Prints a JSON line per case (what it reaches) or per mutant (what became of it).
+
+    cover: [k, n] for every n-th case from the k-th on, and what they reach of `mutants`; empty for the mutants' verdicts.
+    """
     from . import short_list
 
     emulator = short_list.emulator(Path(library))
@@ -175,11 +178,11 @@ def serve(library: str, is_sanitized: bool, mutants: list[int], cover: list[int]
     def coverage(name: str) -> str:
         library_c.lowbit_emulator_set_mutant(-1)
         error = run_cases(emulator, [name], is_sanitized)
-        reached = [m for m in cover or [] if library_c.lowbit_emulator_reached(m)]
+        reached = [m for m in mutants if library_c.lowbit_emulator_reached(m)]
         return json.dumps({"case": name, "error": error, "reached": reached})
 
-    if cover is not None:
-        for case in short_list.CASES:
+    if cover:
+        for case in short_list.CASES[cover[0] :: cover[1]]:
             start = time.monotonic()
             answer = in_child(600, functools.partial(coverage, case.name))
             result = (
@@ -228,7 +231,9 @@ def find_survivors(mutants: list[Mutant], is_sanitized: bool, jobs: int) -> dict
     library = build.build(sanitize=SANITIZERS if is_sanitized else "", one_format=True, mutants=COPY)
     base = {"library": str(library), "is_sanitized": is_sanitized}
     ids = [m.place for m in mutants]
-    covered = worker(is_sanitized, {**base, "mutants": [], "cover": ids})
+    with ThreadPoolExecutor(jobs) as pool:
+        shares = [{**base, "mutants": ids, "cover": [k, jobs]} for k in range(jobs)]
+        covered = [case for answer in pool.map(functools.partial(worker, is_sanitized), shares) for case in answer]
     for case in covered:
         if case["error"]:
             raise RuntimeError(f"the short list fails without any mutant: {case['error']}")
@@ -236,7 +241,7 @@ def find_survivors(mutants: list[Mutant], is_sanitized: bool, jobs: int) -> dict
     reaches = {i: [case["case"] for case in covered if i in case["reached"]] for i in ids}
     reached = [i for i in ids if reaches[i]]
     known = json.dumps({"reaches": reaches, "seconds": {case["case"]: case["seconds"] for case in covered}})
-    shares = [{**base, "mutants": reached[k::jobs], "cover": None} for k in range(jobs)]
+    shares = [{**base, "mutants": reached[k::jobs], "cover": []} for k in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
         answers = pool.map(lambda share: worker(is_sanitized, share, known), shares)
         verdicts = {a["mutant"]: a["verdict"] for answer in answers for a in answer}
