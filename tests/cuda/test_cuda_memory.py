@@ -6,6 +6,7 @@ sign and payload, which IEEE 754 leaves to the device.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -53,11 +54,9 @@ def specs(kind: str) -> Iterator[tuple[Spec, int, int]]:
 
 def any_codes(spec: Spec, N: int, K: int) -> Weight:
     """A weight with every code among its own, NaN codes too."""
-    w = random_weight(spec, N, K)
-    w.packed = torch.from_numpy(
-        reference.pack_stream(cases.rng(spec, N, K).integers(0, 2**spec.bits, (N, K)), spec.bits)
-    )
-    return w
+    codes = cases.rng(spec, N, K).integers(0, 2**spec.bits, (N, K))
+    stream = torch.from_numpy(reference.pack_stream(codes, spec.bits))
+    return dataclasses.replace(random_weight(spec, N, K), codes=codes, packed=stream)
 
 
 def moved(backend: Any, w: Weight) -> list[torch.Tensor | None]:
@@ -211,7 +210,10 @@ def halves(format: int, M: int, K: int) -> torch.Tensor:
     else:
         code = r.integers(0, 126, (M, K))
         table = reference.CODES["fp8_e4m3"]
-        top, level = np.float32(448), (table[code] + table[code + 1]) / 2 * r.choice(np.array([-1, 1], np.float32), (M, K))
+        top, level = (
+            np.float32(448),
+            (table[code] + table[code + 1]) / 2 * r.choice(np.array([-1, 1], np.float32), (M, K)),
+        )
     unit = r.uniform(0.01, 1, (M, 1)).astype(np.float32)
     x = level * unit
     for _ in range(2):
