@@ -21,10 +21,10 @@ __device__ inline uint4 order_bytes(const uint4& x) {
                     ptx::prmt(x.y, x.w, 0x5140u), ptx::prmt(x.y, x.w, 0x7362u));
 }
 
-// A byte per code, row g + 8 * kRow of a fragment, for formats of eight bits.
+// Formats of eight bits: row g + 8 * kRow of a fragment, from its words of registers 0, 1 and of 2, 3.
 template <int kRow>
-__device__ uint32_t whole_bytes(const CellWords<2>& words, int fragment) {
-  return ptx::prmt(words.word[0][fragment], words.word[1][fragment], kRow == 0 ? 0x6240u : 0x7351u);
+__device__ uint32_t whole_bytes(uint32_t word01, uint32_t word23) {
+  return ptx::prmt(word01, word23, kRow == 0 ? 0x6240u : 0x7351u);
 }
 
 // Integers as signed bytes: (q - 2^(bits-1)) << (8 - bits). The code stands in a byte's upper bits, where turning the top
@@ -38,7 +38,7 @@ struct SignedBytes {
   template <int kRow>
   static __device__ uint32_t row(const Words& words, int fragment) {
     if constexpr (P::kBits == 8) {
-      return whole_bytes<kRow>(words, fragment) ^ 0x80808080u;
+      return whole_bytes<kRow>(words.word[0][fragment], words.word[1][fragment]) ^ 0x80808080u;
     } else {
       uint32_t bytes = plane<P::kLow, kShift, kRow>(words.word[0][fragment], 0x80808080u);
       if constexpr (P::kHigh > 0)

@@ -52,13 +52,12 @@ template <int kTokens, int kThreads>
 struct TokenBytes {
   static constexpr int kPieces = kTokens * kBytePieces;
   static constexpr int kEach = kPieces / kThreads;
+  static constexpr int kApart = kThreads / kBytePieces;  // tokens between a thread's pieces
   static_assert(kPieces % kThreads == 0 && kThreads % kBytePieces == 0,
                 "each thread one column of pieces");
 
   static __device__ int cell(int thread) { return thread % kBytePieces; }
-  static __device__ int token(int thread, int j) {
-    return thread / kBytePieces + j * (kThreads / kBytePieces);
-  }
+  static __device__ int token(int thread, int j) { return thread / kBytePieces + j * kApart; }
   // Bytes of this thread's pieces that lie before K.
   static __device__ int wanted(int K, int step, int thread) {
     const int left = K - step * kStep - 16 * cell(thread);
@@ -68,14 +67,13 @@ struct TokenBytes {
   // Rows past M and columns past K become zeros, and are not read.
   static __device__ void fetch(const RowsParams& x, int K, int m0, int step, int thread,
                                uint8_t* to) {
-    const int columns = wanted(K, step, thread);
+    const int columns = wanted(K, step, thread), first = m0 + token(thread, 0);
     const uint8_t* data = static_cast<const uint8_t*>(x.data);
+    const uint8_t* from = data + first * x.stride + step * kStep + 16 * cell(thread);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int row = token(thread, j);
-      const int bytes = inside(m0 + row, x.M) ? columns : 0;
-      const int64_t offset = (m0 + row) * x.stride + step * kStep + 16 * cell(thread);
-      ptx::cp_async_16(to + swizzled_cell(row, cell(thread)), data + (bytes > 0 ? offset : 0),
+    for (int j = 0; j < kEach; ++j, from += kApart * x.stride) {
+      const int bytes = inside(first + j * kApart, x.M) ? columns : 0;
+      ptx::cp_async_16(to + swizzled_cell(token(thread, j), cell(thread)), bytes > 0 ? from : data,
                        bytes);
     }
   }
