@@ -118,9 +118,9 @@ class StripFetcher {
   const uint64_t policy_;
 };
 
-// Fetches kTokens rows of x, 64 columns at a time, as one of kThreads threads. Rows past M are cleared once, in every
-// stage, and columns past K are filled with zeros: neither is read. So a weight that was padded meets a zero, and a NaN
-// beside the tensor meets nobody.
+// Fetches kTokens rows of x, 64 columns at a time, as one of kThreads threads. What is past M or past K is not read.
+// Columns past K become zeros, for the padding of weights to meet. Rows past M are cleared once, in every stage: their
+// sums are never stored, but zeros take less power to multiply than what happens to lie there.
 template <int kTokens, int kThreads>
 class TokenFetcher {
  public:
