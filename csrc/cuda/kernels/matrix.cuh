@@ -84,8 +84,8 @@ class MatrixWarp {
     for (int step = segment.first; ahead > 0 || step < segment.last;) {
       if (ahead == 0) {
         wait_for_oldest(p_.stages);
-        ptx::
-            sync_block();  // every thread's copies are here, and every warp is done with the stage refilled next
+        // Every thread's copies are here, and every warp is done with the stage refilled next.
+        ptx::sync_block();
       }
       if (inside(fetched, segment.last)) fetch(fetched, dynamic_shared() + filled * layout_.bytes);
       ptx::cp_async_commit();  // an empty group too: waiting counts groups

@@ -66,8 +66,8 @@ class StreamWarp {
     for (int step = fetched; ahead > 0 || step < segment.last;) {
       if (ahead == 0) {
         wait_for_oldest(p_.stages);
-        ptx::
-            sync_warp();  // every lane's copies are here, and every lane is done with the stage refilled next
+        // Every lane's copies are here, and every lane is done with the stage refilled next.
+        ptx::sync_warp();
       }
       if (inside(fetched, segment.last)) fetch(from, fetched, filled);
       ptx::cp_async_commit();  // an empty group too: waiting counts groups
