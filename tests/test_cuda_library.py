@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import zlib
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -35,13 +36,16 @@ TORCH_CUDA_C = re.compile(r"aoti_torch_\w*cuda\w*")
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="CUDA libraries are built on Linux")
 
 
+def absent(text: str) -> NoReturn:
+    if os.environ.get("LOWBIT_TEST_CUDA") == "1":
+        pytest.fail(text)
+    pytest.skip(text)
+
+
 @pytest.fixture(scope="module")
 def library() -> Path:
     if not CUDA.exists():
-        text = f"lowbit was built without its CUDA library ({lowbit._C.build_info()['cuda_absent']}); see make build CUDA=all"
-        if os.environ.get("LOWBIT_TEST_CUDA") == "1":
-            pytest.fail(text)
-        pytest.skip(text)
+        absent(f"lowbit was built without CUDA: {lowbit._C.build_info()['cuda_absent']}. Try make build CUDA=all")
     return CUDA
 
 
@@ -102,7 +106,7 @@ class TestDeviceCode:
         sources = {path.stem for path in ROOT.glob("csrc/cuda/**/*.cu")}  # a log outlives its source
         logs = [path for path in ROOT.glob("build/editable-*/lowbit_cuda/*.o.log") if path.name[:-6] in sources]
         if not logs:
-            pytest.skip("lowbit was not built in this checkout, so there are no logs to read")
+            absent("lowbit was not built in this checkout, so there are no logs to read")
         kernels = [kernel for log in logs for kernel in cuda_audit.resources(log.read_text())]
         machine_code = {re.sub("[af]", "", arch) for arch in archs if not arch.endswith("-ptx")}
         assert {re.sub("[af]", "", kernel.arch) for kernel in kernels} == machine_code
@@ -199,9 +203,7 @@ class TestPlanted:
     def test_missing_architecture(self, tmp_path):
         nvcc = shutil.which("nvcc")
         if nvcc is None:
-            if os.environ.get("LOWBIT_TEST_CUDA") == "1":
-                pytest.fail("nvcc is not in PATH")
-            pytest.skip("nvcc is not in PATH")
+            absent("nvcc is not in PATH")
         (tmp_path / "one.cu").write_text("__global__ void one(int* x) { *x = 1; }\n")
         flags = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=[sm_90a]"]
         target = tmp_path / "libone.so"
