@@ -256,7 +256,10 @@ def find_survivors(mutants: list[Mutant], is_sanitized: bool, jobs: int) -> dict
 
 
 def accepted() -> dict[tuple[str, str, int], str]:
-    import tomllib
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        sys.exit("make mutants needs Python 3.11 or later, which reads TOML")
 
     rows = tomllib.loads(SURVIVORS.read_text()).get("survivor", [])
     return {(row["file"], row["code"], row.get("nth", 0)): row["reason"] for row in rows}
