@@ -59,7 +59,8 @@ LOWBIT_LIBRARY(m) {
       "Tensor? pre_scale, bool symmetric, "
       "Tensor(a!) xq, Tensor(b!) x_scales, Tensor(c!)? x_zeros) -> ()");
 
-  // y = ((xq - x_zeros) * x_scales) @ W.T + bias. int8 x integer formats is summed exactly in int32 per group.
+  // y = ((xq - x_zeros) * x_scales) @ W.T + bias. int8 x integer formats is summed exactly in int32 over a
+  // group, or over parts of it of 64 k or more (docs/numerics.md says which kernel does what).
   m.def(
       "gemm_a8(Tensor xq, Tensor x_scales, Tensor? x_zeros, Tensor w, Tensor? bias, int N, int K, "
       "int desc, int flags, "

@@ -196,7 +196,8 @@ def gemm_a8(
 ) -> Tensor:
     """y = x @ W.T + bias with x[m,k] = (xq[m,k] - x_zeros[m]) * x_scales[m, k // group].
 
-    int8 activations times an integer format are summed exactly, in int32, within each weight group.
+    int8 activations times an integer format are summed exactly, in int32, over each weight group (on CUDA over parts of it,
+    of 64 k or more).
 
     Args:
         xq: [..., K], int8 or float8_e4m3fn, from `quantize_activation`.
