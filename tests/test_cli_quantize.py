@@ -393,7 +393,8 @@ def test_force_replaces_the_artifact_and_leaves_other_files(tmp_path: Path) -> N
 
 # A run that stops in the middle and says so: the third layer is never finished.
 _STUCK = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this
 import lowbit.commands.quantize as command
 original, count = command.QuantizedWeight.quantize, 0
 def slow(*args):
