@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -123,13 +124,23 @@ def write_copy() -> list[Mutant]:
 # ---- one process that runs mutants -------------------------------------------------------------------------------------
 
 
-def run_cases(emulator: Any, names: list[str], is_sanitized: bool) -> str:
-    """ "" when all went well."""
+def limit(seconds: float) -> None:
+    """Ends this process when it takes longer: a mutant may never end. Time on the processor, which says so on a busy machine
+    too; the alarm is for one that sleeps."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = int(used.ru_utime + used.ru_stime + seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
+    signal.alarm(int(20 * seconds))
+
+
+def run_cases(emulator: Any, cases: dict[str, float], is_sanitized: bool) -> str:
+    """What went wrong, or nothing. The cases come with the seconds that they took without a mutant."""
     from . import short_list  # needs torch, and LD_PRELOAD where sanitized
 
     for case in short_list.CASES:
-        if case.name not in names:
+        if case.name not in cases:
             continue
+        limit(5 + 5 * cases[case.name])
         first = None
         for order, seed in ORDERS[:1] if is_sanitized else ORDERS:
             emulator.reset()
@@ -144,7 +155,7 @@ def run_cases(emulator: Any, names: list[str], is_sanitized: bool) -> str:
     return ""
 
 
-def in_child(seconds: int, work: Callable[[], str]) -> str:
+def in_child(work: Callable[[], str]) -> str:
     """What work() returns in a forked process, or how that ended."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -153,7 +164,6 @@ def in_child(seconds: int, work: Callable[[], str]) -> str:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        signal.alarm(seconds)  # kills, wherever it is
         os.write(writing, work().encode())
         os._exit(0)
     os.close(writing)
@@ -161,7 +171,7 @@ def in_child(seconds: int, work: Callable[[], str]) -> str:
         answer = pipe.read().decode()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return f"signal {os.WTERMSIG(status)}"
+        return signal.Signals(os.WTERMSIG(status)).name
     return answer if os.WEXITSTATUS(status) == 0 else f"exit status {os.WEXITSTATUS(status)}"
 
 
@@ -177,32 +187,28 @@ def serve(library: str, is_sanitized: bool, mutants: list[int], cover: list[int]
 
     def coverage(name: str) -> str:
         library_c.lowbit_emulator_set_mutant(-1)
-        error = run_cases(emulator, [name], is_sanitized)
+        error = run_cases(emulator, {name: 60.0}, is_sanitized)
         reached = [m for m in mutants if library_c.lowbit_emulator_reached(m)]
         return json.dumps({"case": name, "error": error, "reached": reached})
 
     if cover:
         for case in short_list.CASES[cover[0] :: cover[1]]:
             start = time.monotonic()
-            answer = in_child(600, functools.partial(coverage, case.name))
+            answer = in_child(functools.partial(coverage, case.name))
             result = (
                 json.loads(answer) if answer.startswith("{") else {"case": case.name, "error": answer, "reached": []}
             )
             print(json.dumps({**result, "seconds": time.monotonic() - start}), flush=True)
         return
 
-    def verdict(mutant: int, names: list[str]) -> str:
+    def verdict(mutant: int, cases: dict[str, float]) -> str:
         library_c.lowbit_emulator_set_mutant(mutant)
-        return run_cases(emulator, names, is_sanitized)
+        return run_cases(emulator, cases, is_sanitized)
 
-    given = json.loads(sys.stdin.read())
+    reaches = json.loads(sys.stdin.read())
     for mutant in mutants:
-        names = given["reaches"][str(mutant)]
-        seconds = 10 + 5 * sum(given["seconds"][name] for name in names)
-        print(
-            json.dumps({"mutant": mutant, "verdict": in_child(int(seconds), functools.partial(verdict, mutant, names))})
-        )
-        sys.stdout.flush()
+        answer = in_child(functools.partial(verdict, mutant, reaches[str(mutant)]))
+        print(json.dumps({"mutant": mutant, "verdict": answer}), flush=True)
 
 
 def worker(is_sanitized: bool, request: dict, stdin: str = "") -> list[dict]:
@@ -238,12 +244,11 @@ def find_survivors(mutants: list[Mutant], is_sanitized: bool, jobs: int) -> dict
         if case["error"]:
             raise RuntimeError(f"the short list fails without any mutant: {case['error']}")
     covered.sort(key=lambda case: case["seconds"])
-    reaches = {i: [case["case"] for case in covered if i in case["reached"]] for i in ids}
+    reaches = {i: {case["case"]: case["seconds"] for case in covered if i in case["reached"]} for i in ids}
     reached = [i for i in ids if reaches[i]]
-    known = json.dumps({"reaches": reaches, "seconds": {case["case"]: case["seconds"] for case in covered}})
     shares = [{**base, "mutants": reached[k::jobs], "cover": []} for k in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
-        answers = pool.map(lambda share: worker(is_sanitized, share, known), shares)
+        answers = pool.map(lambda share: worker(is_sanitized, share, json.dumps(reaches)), shares)
         verdicts = {a["mutant"]: a["verdict"] for answer in answers for a in answer}
     survivors = {}
     for m in mutants:
@@ -251,7 +256,8 @@ def find_survivors(mutants: list[Mutant], is_sanitized: bool, jobs: int) -> dict
             survivors[m] = "no problem of the short list reaches it"
         elif not verdicts[m.place]:
             survivors[m] = "survives " + ", ".join(reaches[m.place])
-        print(f"{'survived' if m in survivors else 'found':9}{m}", flush=True)
+        how = "survived" if m in survivors else f"found, {verdicts[m.place].splitlines()[0][:120]}"
+        print(f"{m}\n    {how}", flush=True)
     return survivors
 
 
