@@ -27,7 +27,7 @@ ifeq ($(CUDA),auto)
   endif
 endif
 DEFINES := $(if $(filter off,$(CUDA)),-Ccmake.define.LOWBIT_CUDA=OFF,-Ccmake.define.LOWBIT_CUDA=ON -Ccmake.define.LOWBIT_CUDA_ARCHS=$(CUDA))
-CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format mutants bench build wheel clean FORCE

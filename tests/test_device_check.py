@@ -1,4 +1,4 @@
-"""bench/device_check.sh without a GPU: what it plans, resumes and writes, and that its cells run (on the CPU, by a fake clock)."""
+"""bench/device_check.sh without a GPU: what it plans, resumes and writes; its cells run on the CPU, by a fake clock."""
 
 from __future__ import annotations
 
@@ -402,7 +402,6 @@ class TestTables:
 
     def test_a_page(self) -> None:
         case = {"section": "W4A16", "M": 1, "N": 8192, "K": 8192}
-        refused = {"gemlite": "ImportError: no"}
         data = {
             "device": "NVIDIA H200",
             "sources": "abc",

@@ -24,8 +24,8 @@ void launch(const char* name, void (*kernel)(Args...), Grid grid, int threads, i
   void* pointers[] = {static_cast<void*>(&args)...};
   const cudaError_t status =
       cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z),
-                       dim3(static_cast<unsigned>(threads)), pointers,
-                       static_cast<size_t>(shared), static_cast<cudaStream_t>(stream));
+                       dim3(static_cast<unsigned>(threads)), pointers, static_cast<size_t>(shared),
+                       static_cast<cudaStream_t>(stream));
   check_launch(name, static_cast<int>(status));
 }
 

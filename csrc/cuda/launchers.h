@@ -21,7 +21,7 @@ struct CanonicalParams {
   int32_t bits;
   ZeroKind zero_kind;
   ScaleDtype scale_dtype;
-  bool blocks128;       // scales[ceil(N/128), ceil(K/128)]
+  bool blocks128;  // scales[ceil(N/128), ceil(K/128)]
 };
 
 // W[N, K] in `type`, columns in the original order.
@@ -35,31 +35,32 @@ struct CanonicalOut {
   void* zeros;
   int32_t* perm;
 };
-void launch_unpack(const WeightParams& w, const CanonicalParams& shape, const CanonicalOut& to, Stream stream);
+void launch_unpack(const WeightParams& w, const CanonicalParams& shape, const CanonicalOut& to,
+                   Stream stream);
 
 struct QuantizeParams {
-  const void* weight;       // [N, K], row stride K
+  const void* weight;  // [N, K], row stride K
   Element type;
   const float* importance;  // [K], or null
   bool search;
-  CanonicalParams shape;    // sizes and format; its pointers are not used
-  CanonicalOut to;          // packed, scales, zeros
+  CanonicalParams shape;  // sizes and format; its pointers are not used
+  CanonicalOut to;        // packed, scales, zeros
 };
 void launch_quantize(const QuantizeParams& p, Stream stream);
 
 struct QuantizeActivationParams {
-  const void* x;            // [M, K], row stride `stride`
+  const void* x;  // [M, K], row stride `stride`
   int64_t M, K, stride;
-  Element type;             // of x
-  Element format;           // kInt8 or kFp8E4m3
-  int64_t group_size;       // never -1; K where one scale per token
+  Element type;        // of x
+  Element format;      // kInt8 or kFp8E4m3
+  int64_t group_size;  // never -1; K where one scale per token
   bool symmetric;
   const float* static_scale;   // one element, or null
   const int32_t* static_zero;  // one element, or null
   const float* pre_scale;      // [K], or null
-  void* xq;                 // [M, K]
-  float* x_scales;          // [M, ceil(K / group_size)]
-  int32_t* x_zeros;         // [M], or null
+  void* xq;                    // [M, K]
+  float* x_scales;             // [M, ceil(K / group_size)]
+  int32_t* x_zeros;            // [M], or null
 };
 void launch_quantize_activation(const QuantizeActivationParams& p, Stream stream);
 
@@ -67,8 +68,8 @@ void launch_quantize_activation(const QuantizeActivationParams& p, Stream stream
 
 // Rows of x as the GEMM kernels want them where they are not: gathered by perm, padded with zeros to `columns`, at a
 // 16-byte aligned row stride. `to` is [M, columns] of x's element type.
-void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, void* to, int64_t columns,
-                         Stream stream);
+void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, void* to,
+                         int64_t columns, Stream stream);
 
 // One function per row of the kernel table (select.h). `tile` is the row's index in kTiles (tiles.h).
 void launch_stream(const GemmParams& p, int tile, Stream stream);
@@ -83,7 +84,7 @@ void launch_general(const GemmParams& p, Stream stream);
 void launch_general_grad(const GemmParams& p, Stream stream);
 
 // Columns of dx back into the original order: to[m, perm[k]] = from[m, k].
-void launch_scatter_columns(const void* from, int64_t M, int64_t K, const int32_t* perm, Element type, void* to,
-                            Stream stream);
+void launch_scatter_columns(const void* from, int64_t M, int64_t K, const int32_t* perm,
+                            Element type, void* to, Stream stream);
 
 }  // namespace lowbit::cuda

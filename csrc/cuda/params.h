@@ -15,15 +15,15 @@ struct WeightParams {
   int32_t tiles, strips;
   int32_t tile_bytes, codes_bytes;
   int32_t group_size, groups;
-  int32_t groups_per_tile;                   // 0: scales in the strip's table
-  int32_t scale_row_bytes, zero_row_bytes;   // of 64 scales; 16 where one_scale
-  int64_t scales_offset, zeros_offset;       // as in CudaTile64
+  int32_t groups_per_tile;                  // 0: scales in the strip's table
+  int32_t scale_row_bytes, zero_row_bytes;  // of 64 scales; 16 where one_scale
+  int64_t scales_offset, zeros_offset;      // as in CudaTile64
   ScaleDtype scale_dtype;
   ZeroKind zero_kind;
   Format format;
   int32_t bits;
-  bool one_scale;                            // 128x128 blocks
-  const int32_t* perm;                       // or null
+  bool one_scale;       // 128x128 blocks
+  const int32_t* perm;  // or null
 };
 
 // Rows of activations. `data` is 16-byte aligned and `stride` (in elements) a multiple of 16 bytes, or `aligned` is false.
@@ -32,16 +32,16 @@ struct RowsParams {
   int64_t stride;
   int32_t M;
   Element type;
-  const float* scales;    // 8-bit activations: [M, scale_groups], else null
-  int32_t scale_groups;   // 1, or ceil(K / 128)
-  const int32_t* zeros;   // int8: [M], or null
+  const float* scales;   // 8-bit activations: [M, scale_groups], else null
+  int32_t scale_groups;  // 1, or ceil(K / 128)
+  const int32_t* zeros;  // int8: [M], or null
 };
 
 struct OutParams {
   void* data;
-  int64_t stride;      // elements
+  int64_t stride;  // elements
   Element type;
-  const void* bias;    // [N], or null
+  const void* bias;  // [N], or null
   Element bias_type;
 };
 
@@ -54,12 +54,12 @@ struct OutParams {
 //   blocks    |  0     |   1    |   2    |   3    |   4    |   5  |
 //
 struct Schedule {
-  int32_t tiles_n, tiles_m;   // output tiles; tile = tile_m * tiles_n + tile_n
-  int32_t steps_per_tile;     // along K
-  int32_t blocks;             // of the grid; at most `total`
-  int64_t total;              // tiles_n * tiles_m * steps_per_tile
-  uint32_t* counters;         // [tiles], zero before and after; null when no tile is shared
-  float* partials;            // [2 * blocks][tile rows * tile columns]; null when no tile is shared
+  int32_t tiles_n, tiles_m;  // output tiles; tile = tile_m * tiles_n + tile_n
+  int32_t steps_per_tile;    // along K
+  int32_t blocks;            // of the grid; at most `total`
+  int64_t total;             // tiles_n * tiles_m * steps_per_tile
+  uint32_t* counters;        // [tiles], zero before and after; null when no tile is shared
+  float* partials;           // [2 * blocks][tile rows * tile columns]; null when no tile is shared
 };
 
 struct GemmParams {
@@ -67,7 +67,8 @@ struct GemmParams {
   RowsParams x;
   OutParams y;
   Schedule schedule;
-  int32_t stages;  // of the ring in shared memory, for kernels that let the device decide (stages.h)
+  int32_t
+      stages;  // of the ring in shared memory, for kernels that let the device decide (stages.h)
 };
 
 }  // namespace lowbit::cuda

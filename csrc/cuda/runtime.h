@@ -15,7 +15,7 @@ struct Grid {
 
 // What selection must know of a device; asked once per device and kept.
 struct DeviceInfo {
-  int capability;       // 80, 86, 89, 90, 120, ...
+  int capability;  // 80, 86, 89, 90, 120, ...
   int sm_count;
   int64_t shared_per_block;  // the most that a block may opt in to
   int64_t shared_per_sm;

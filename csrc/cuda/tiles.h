@@ -6,17 +6,26 @@
 
 namespace lowbit::cuda {
 
-enum class Kernel : int { kStream, kMatrix, kA8Int, kA8Fp8, kA8Decode, kGrad, kGeneral, kGeneralGrad };
+enum class Kernel : int {
+  kStream,
+  kMatrix,
+  kA8Int,
+  kA8Fp8,
+  kA8Decode,
+  kGrad,
+  kGeneral,
+  kGeneralGrad
+};
 
 struct Tile {
   Kernel kernel;
-  const char* name;   // of the row in the kernel table
-  int rows;           // output rows (N; for grad: columns of dx) per block: whole strips
-  int tokens;         // M per block
-  int step;           // K per pipeline step
+  const char* name;  // of the row in the kernel table
+  int rows;          // output rows (N; for grad: columns of dx) per block: whole strips
+  int tokens;        // M per block
+  int step;          // K per pipeline step
   int warps_n, warps_m, warps_k;  // how a block's warps divide rows, tokens and the steps of K
-  int stages;         // steps in flight
-  int blocks_per_sm;  // that the registers allow
+  int stages;                     // steps in flight
+  int blocks_per_sm;              // that the registers allow
 
   constexpr int warps() const { return warps_n * warps_m * warps_k; }
   constexpr int threads() const { return 32 * warps(); }

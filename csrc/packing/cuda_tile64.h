@@ -52,26 +52,26 @@ inline constexpr int kWarpVector = 512;  // bytes of one vector of each lane
 struct CudaTile64 {
   int64_t N, K;
   int bits;
-  int plane_count;       // 1 or 2
-  int plane_bits[2];     // 1, 2, 4 or 8
-  int plane_offset[2];   // bytes from the start of a tile
-  int codes_bytes;       // of a tile: 1024 * bits
-  int64_t tile_bytes;    // codes, scales, zeros, padding
-  int64_t tiles;         // per strip
+  int plane_count;      // 1 or 2
+  int plane_bits[2];    // 1, 2, 4 or 8
+  int plane_offset[2];  // bytes from the start of a tile
+  int codes_bytes;      // of a tile: 1024 * bits
+  int64_t tile_bytes;   // codes, scales, zeros, padding
+  int64_t tiles;        // per strip
   int64_t strips;
   int64_t strip_bytes;
-  int64_t perm_offset;   // from the start of the tensor
+  int64_t perm_offset;  // from the start of the tensor
   int64_t total_bytes;
 
-  int64_t group_size;      // never -1
+  int64_t group_size;  // never -1
   int64_t groups;
-  int groups_per_tile;     // 0: the scales stand in the strip's table
-  int scale_bytes;         // of one scale
-  int zero_bytes;          // of one zero or offset, 0 when there are none
-  int scale_row_bytes;     // 64 * scale_bytes, or 16 with block scaling
+  int groups_per_tile;  // 0: the scales stand in the strip's table
+  int scale_bytes;      // of one scale
+  int zero_bytes;       // of one zero or offset, 0 when there are none
+  int scale_row_bytes;  // 64 * scale_bytes, or 16 with block scaling
   int zero_row_bytes;
-  bool one_scale;          // block scaling
-  int64_t scales_offset;   // of group 0, from the start of its tile, or of the strip for a table
+  bool one_scale;         // block scaling
+  int64_t scales_offset;  // of group 0, from the start of its tile, or of the strip for a table
   int64_t zeros_offset;
 
   // Bytes from the start of a strip to a group's row of scales (of zeros).
@@ -104,14 +104,15 @@ constexpr CodePlace code_place(int n, int k, int bits) {
   const int g = n % 8, half_rows = n % 16 / 8;  // rows g and g + 8 of a fragment
   const int within = k % 16, t = within % 8 / 2, half_k = within / 8, element = k % 2;
   const int lane = 4 * g + t, reg = 2 * half_k + half_rows;
-  const int fields = 16 / bits;                     // per half word
+  const int fields = 16 / bits;  // per half word
   const int field = (cell * 4 + reg) % fields;
   const int vector = (cell * 4 + reg) / fields;
   return {(vector * 32 + lane) * 4 + fragment, 16 * element + field * bits};
 }
 
 // One strip of the kernel layout from canonical tensors, and back. `strip` is its index, `to`/`from` its first byte.
-void pack_strip64(const CudaTile64& tile, const CanonicalConst& canonical, int64_t strip, uint8_t* to);
+void pack_strip64(const CudaTile64& tile, const CanonicalConst& canonical, int64_t strip,
+                  uint8_t* to);
 void unpack_strip64(const CudaTile64& tile, const uint8_t* from, int64_t strip,
                     const CanonicalMutable& canonical);
 
