@@ -4,17 +4,12 @@
 
 #include <cstdint>
 
+#include "common/round_up.h"
 #include "cuda/device.cuh"
 #include "cuda/params.h"
 #include "cuda/ptx.cuh"
 
 namespace lowbit::cuda {
-
-__host__ __device__ constexpr int element_bytes(Element type) {
-  return type == Element::kFloat32                             ? 4
-         : type == Element::kInt8 || type == Element::kFp8E4m3 ? 1
-                                                               : 2;
-}
 
 __host__ __device__ constexpr int scale_bytes(ScaleDtype type) {
   return type == ScaleDtype::kFloat32 ? 4 : 2;
@@ -25,8 +20,6 @@ __host__ __device__ constexpr Element element_of(ScaleDtype type) {
          : type == ScaleDtype::kFloat16 ? Element::kFloat16
                                         : Element::kBFloat16;
 }
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether every address of the form base + i * step is a multiple of `bytes`.
 inline bool is_aligned(const void* base, int64_t step, int64_t bytes) {

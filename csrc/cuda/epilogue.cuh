@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
-#include "cuda/float16.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/params.h"
 
 namespace lowbit::cuda {
@@ -12,9 +12,7 @@ namespace lowbit::cuda {
 // bias[n] in fp32; 0 where there is none, and past N.
 __device__ inline float load_bias(const OutParams& y, int64_t n, int64_t N) {
   if (y.bias == nullptr || !inside(n, N)) return 0.0f;
-  if (y.bias_type == Element::kFloat32) return static_cast<const float*>(y.bias)[n];
-  const uint32_t bits = static_cast<const uint16_t*>(y.bias)[n];
-  return y.bias_type == Element::kFloat16 ? Float16::low(bits) : BFloat16::low(bits);
+  return load_element(y.bias, n, y.bias_type);
 }
 template <int kCount>
 __device__ void load_bias(const OutParams& y, int64_t n, int64_t N, float (&bias)[kCount]) {
@@ -23,18 +21,6 @@ __device__ void load_bias(const OutParams& y, int64_t n, int64_t N, float (&bias
 }
 
 namespace detail {
-
-__device__ inline uint32_t round_pair(Element type, float low, float high) {
-  return type == Element::kFloat16 ? Float16::pack(low, high) : BFloat16::pack(low, high);
-}
-
-__device__ inline void store_one(const OutParams& y, int64_t at, float value) {
-  if (y.type == Element::kFloat32) {
-    static_cast<float*>(y.data)[at] = value;
-  } else {
-    static_cast<uint16_t*>(y.data)[at] = static_cast<uint16_t>(round_pair(y.type, value, 0.0f));
-  }
-}
 
 // kCount words at once, where `to` is aligned for as many, up to 16 bytes.
 template <int kCount>
@@ -66,7 +52,8 @@ __device__ void store_row(const OutParams& y, int64_t m, int64_t n, int64_t N, c
   if (!inside(n + kCount - 1, N) || reinterpret_cast<uintptr_t>(to) % vector != 0) {
 #pragma unroll(kCount == 2 ? 2 : 1)
     for (int j = 0; j < kCount; ++j) {
-      if (inside(n + j, N)) detail::store_one(y, at + j, values[j] + load_bias(y, n + j, N));
+      if (inside(n + j, N))
+        store_element(values[j] + load_bias(y, n + j, N), y.data, at + j, y.type);
     }
     return;
   }
@@ -80,8 +67,8 @@ __device__ void store_row(const OutParams& y, int64_t m, int64_t n, int64_t N, c
   uint32_t pairs[kCount / 2];
 #pragma unroll
   for (int j = 0; j < kCount / 2; ++j)
-    pairs[j] = detail::round_pair(y.type, ptx::bits_as_float(words[2 * j]),
-                                  ptx::bits_as_float(words[2 * j + 1]));
+    pairs[j] =
+        pack_pair(ptx::bits_as_float(words[2 * j]), ptx::bits_as_float(words[2 * j + 1]), y.type);
   detail::store_words(to, pairs);
 }
 

@@ -7,6 +7,12 @@
 
 namespace lowbit::cuda {
 
+constexpr int element_bytes(Element type) {
+  return type == Element::kFloat32                                 ? 4
+         : type == Element::kFloat16 || type == Element::kBFloat16 ? 2
+                                                                   : 1;
+}
+
 // A packed weight (layout cuda_tile64, packing/cuda_tile64.h).
 struct WeightParams {
   const uint8_t* data;

@@ -132,6 +132,13 @@ __device__ inline bool has_fractions(const WeightParams& w) {
   return w.zero_kind == ZeroKind::kFloat || w.zero_kind == ZeroKind::kOffset;
 }
 
+// For weights that are scaled before they are multiplied.
+template <class T>
+__device__ Scaling16 scaling_before(const WeightParams& w) {
+  return w.scale_dtype == T::kScaleDtype && !has_fractions(w) ? Scaling16::kPairs
+                                                              : Scaling16::kFloats;
+}
+
 // a *= scale in 16 bits. A code that 16 bits do not hold has a remainder, whose product is small enough for its own
 // rounding not to matter.
 template <Format kFormat, class T>

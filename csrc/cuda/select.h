@@ -66,12 +66,6 @@ struct Config {
 };
 LOWBIT_API std::string to_string(const Config& config);
 
-inline int element_bytes(Element element) {
-  return element == Element::kFloat32                                    ? 4
-         : element == Element::kFloat16 || element == Element::kBFloat16 ? 2
-                                                                         : 1;
-}
-
 // For M >= 1. Throws Error where a forced kernel refuses.
 LOWBIT_API Config select(const Problem& problem, const CudaTile64& weight,
                          const DeviceInfo& device);

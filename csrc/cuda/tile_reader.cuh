@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cuda/code_values.cuh"
 #include "cuda/device.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/params.h"
@@ -65,10 +66,10 @@ class TileReader {
   }
 
   __device__ int64_t scale_row(int64_t group) const {
-    return row_of(group, w_.scales_offset, w_.scale_row_bytes);
+    return group_row(w_, group, w_.scales_offset, w_.scale_row_bytes);
   }
   __device__ int64_t zero_row(int64_t group) const {
-    return row_of(group, w_.zeros_offset, w_.zero_row_bytes);
+    return group_row(w_, group, w_.zeros_offset, w_.zero_row_bytes);
   }
 
   // Scale of row g + 8j of a strip, in fp32.
@@ -85,9 +86,7 @@ class TileReader {
     return load_element(row, kReaderRows * g + j, element_of(w_.scale_dtype));
   }
 
-  __device__ bool is_integer() const {
-    return static_cast<int>(w_.format) <= static_cast<int>(Format::kInt8);
-  }
+  __device__ bool is_integer() const { return cuda::is_integer(w_.format); }
 
  private:
   // A plane of 2^log bits: its vector `first` / fields of this lane, shifted so that the pair's fields are lowest.
@@ -105,24 +104,12 @@ class TileReader {
   static __device__ uint32_t field(uint32_t word, int element, int row, int log) {
     return word >> (element + (row << log)) & ((1u << (1 << log)) - 1u);
   }
-  __device__ int64_t row_of(int64_t group, int64_t offset, int64_t row_bytes) const {
-    if (w_.groups_per_tile == 0) return offset + group * row_bytes;
-    return group / w_.groups_per_tile * w_.tile_bytes + offset +
-           group % w_.groups_per_tile * row_bytes;
-  }
 
   const WeightParams& w_;
   const int low_log_, high_bits_, high_log_;  // bits of the planes: 2^low_log, 0 or 2^high_log
 };
 
 // ---- values of codes ---------------------------------------------------------------------------------------------------
-
-// Small floats are put where fp32 has its exponent; a multiplication by a power of two corrects the bias, of subnormals
-// too.
-__device__ inline float fp8_e4m3_value(uint32_t q) {
-  if ((q & 0x7fu) == 0x7fu) return ptx::bits_as_float(0x7fc00000u);
-  return ptx::mul_rn(ptx::bits_as_float((q & 0x80u) << 24 | (q & 0x7fu) << 20), 0x1p120f);
-}
 
 // nf4's levels into shared memory, where lanes may index them: 16 floats.
 template <int kCode = 0>
@@ -138,9 +125,9 @@ __device__ inline float code_value(Format format, uint32_t q, const float* nf4) 
     case Format::kFp8E4m3:
       return fp8_e4m3_value(q);
     case Format::kFp8E5m2:
-      return ptx::f16_to_float(q << 8);  // the upper byte of fp16
+      return fp8_e5m2_value(q);
     case Format::kFp4E2m1:
-      return ptx::mul_rn(ptx::bits_as_float((q & 8u) << 28 | (q & 7u) << 22), 0x1p126f);
+      return fp4_e2m1_value(q);
     case Format::kNf4:
       return nf4[q];
     default:

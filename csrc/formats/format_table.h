@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/desc.h"
+#include "common/round_up.h"
 
 namespace lowbit {
 
@@ -22,8 +23,5 @@ const std::vector<FormatInfo>& format_table();
 
 // Throws Error when there is no such row.
 LOWBIT_API const FormatInfo& format_info(Format format);
-
-inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
 }  // namespace lowbit

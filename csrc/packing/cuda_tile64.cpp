@@ -7,7 +7,7 @@ namespace lowbit {
 namespace {
 
 void lay_planes(CudaTile64& tile) {
-  const int low = tile.bits >= 8 ? 8 : tile.bits >= 4 ? 4 : 2;
+  const int low = low_plane_bits(tile.bits);
   const int widths[2] = {low, tile.bits - low};
   tile.plane_count = widths[1] > 0 ? 2 : 1;
   for (int p = 0, offset = 0; p < tile.plane_count; ++p) {

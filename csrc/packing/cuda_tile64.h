@@ -48,6 +48,19 @@ inline constexpr int kTileK = 128;
 inline constexpr int kCellK = 16;
 inline constexpr int kWarpVector = 512;  // bytes of one vector of each lane
 
+// Bits of a code in its first plane; what is left of it makes the second.
+constexpr int low_plane_bits(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : 2; }
+
+// Bytes from the start of a strip to a group's row of `row_bytes`, where group 0's stands at `offset` (from the start of its
+// tile, or of the strip for a table). `Layout` is CudaTile64, or what kernels are given of it.
+template <class Layout>
+constexpr int64_t group_row(const Layout& layout, int64_t group, int64_t offset,
+                            int64_t row_bytes) {
+  if (layout.groups_per_tile == 0) return offset + group * row_bytes;
+  return group / layout.groups_per_tile * layout.tile_bytes + offset +
+         group % layout.groups_per_tile * row_bytes;
+}
+
 // Plain data, also for device code.
 struct CudaTile64 {
   int64_t N, K;
@@ -76,14 +89,10 @@ struct CudaTile64 {
 
   // Bytes from the start of a strip to a group's row of scales (of zeros).
   int64_t scale_row(int64_t group) const {
-    return groups_per_tile == 0 ? scales_offset + group * scale_row_bytes
-                                : group / groups_per_tile * tile_bytes + scales_offset +
-                                      group % groups_per_tile * scale_row_bytes;
+    return group_row(*this, group, scales_offset, scale_row_bytes);
   }
   int64_t zero_row(int64_t group) const {
-    return groups_per_tile == 0 ? zeros_offset + group * zero_row_bytes
-                                : group / groups_per_tile * tile_bytes + zeros_offset +
-                                      group % groups_per_tile * zero_row_bytes;
+    return group_row(*this, group, zeros_offset, zero_row_bytes);
   }
 };
 

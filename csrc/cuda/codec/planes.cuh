@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/code_values.cuh"
 #include "cuda/device.cuh"
 #include "cuda/float16.cuh"
 #include "cuda/ptx.cuh"
@@ -13,32 +14,11 @@ namespace lowbit::cuda {
 
 inline constexpr int kFragments = kStripRows / 16;  // of a cell: a strip's four times 16 rows
 
-constexpr int bits_of(Format format) {
-  switch (format) {
-    case Format::kInt2:
-      return 2;
-    case Format::kInt3:
-      return 3;
-    case Format::kInt5:
-      return 5;
-    case Format::kInt6:
-      return 6;
-    case Format::kInt8:
-    case Format::kFp8E4m3:
-    case Format::kFp8E5m2:
-      return 8;
-    default:
-      return 4;
-  }
-}
-
 template <Format kFormat>
 struct Planes {
   static constexpr int kBits = bits_of(kFormat);
-  static constexpr int kLow = kBits >= 8   ? 8
-                              : kBits >= 4 ? 4
-                                           : 2;  // bits of a code in the first plane
-  static constexpr int kHigh = kBits - kLow;     // and in the second; 0: there is none
+  static constexpr int kLow = low_plane_bits(kBits);
+  static constexpr int kHigh = kBits - kLow;                     // 0: there is no second plane
   static constexpr int kWords = kLow == 8 || kHigh > 0 ? 2 : 1;  // of a lane in a fragment
   static constexpr int kCellBytes = kStripRows * kCellK * kBits / 8;
 };

@@ -13,6 +13,7 @@
 // with start = 2^23, or 2^23 + z where z is an integer (exact either way), zero = 0 where there is none, and offset = -0
 // where there is none: adding -0 changes no number, adding +0 would turn -0 around.
 #include "common/check.h"
+#include "cuda/code_values.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/launchers.h"
@@ -41,31 +42,17 @@ struct DequantizeParams {
 
 // ---- codes -> exact floats ---------------------------------------------------------------------------------------------
 
-template <Format kFormat>
-constexpr int kBitsOf =
-    kFormat == Format::kInt2                                                             ? 2
-    : kFormat == Format::kInt3                                                           ? 3
-    : kFormat == Format::kInt5                                                           ? 5
-    : kFormat == Format::kInt6                                                           ? 6
-    : kFormat == Format::kInt4 || kFormat == Format::kFp4E2m1 || kFormat == Format::kNf4 ? 4
-                                                                                         : 8;
-template <Format kFormat>
-constexpr bool kIsInteger = static_cast<int>(kFormat) <= static_cast<int>(Format::kInt8);
-
-// 2^23 + q for integers; the code's value for code books. Small floats are moved to where fp32 has its exponent, and a
-// multiplication by a power of two corrects the bias, of subnormals too.
+// 2^23 + q for integers; the code's value for code books.
 template <Format kFormat>
 __device__ float base_value(uint32_t q, const float* nf4) {
-  if constexpr (kIsInteger<kFormat>) {
+  if constexpr (is_integer(kFormat)) {
     return ptx::bits_as_float(0x4b000000u | q);
   } else if constexpr (kFormat == Format::kFp8E4m3) {
-    const float value =
-        ptx::mul_rn(ptx::bits_as_float((q & 0x80u) << 24 | (q & 0x7fu) << 20), 0x1p120f);
-    return (q & 0x7fu) == 0x7fu ? ptx::bits_as_float(0x7fc00000u) : value;
+    return fp8_e4m3_value(q);
   } else if constexpr (kFormat == Format::kFp8E5m2) {
-    return ptx::f16_to_float(q << 8);  // e5m2 is the upper byte of fp16
+    return fp8_e5m2_value(q);
   } else if constexpr (kFormat == Format::kFp4E2m1) {
-    return ptx::mul_rn(ptx::bits_as_float((q & 8u) << 28 | (q & 7u) << 22), 0x1p126f);
+    return fp4_e2m1_value(q);
   } else {
     return nf4[q];  // 16 entries in 16 banks: lanes that differ do not collide
   }
@@ -96,10 +83,10 @@ __device__ inline float float_of(uint32_t bits, ScaleDtype dtype) {
 template <Format kFormat>
 __device__ Formula formula_of(const CanonicalParams& c, const Unit& u) {
   Formula f{0.0f, 0.0f, float_of(u.scale, c.scale_dtype), -0.0f};
-  if constexpr (kIsInteger<kFormat>) {
+  if constexpr (is_integer(kFormat)) {
     f.start = kTwo23;
     if (c.zero_kind == ZeroKind::kNone) {
-      f.start += static_cast<float>(1 << (kBitsOf<kFormat> - 1));
+      f.start += static_cast<float>(1 << (bits_of(kFormat) - 1));
     } else if (c.zero_kind == ZeroKind::kInt) {
       f.start += static_cast<float>(u.zero);
     } else if (c.zero_kind == ZeroKind::kFloat) {
@@ -114,7 +101,7 @@ __device__ Formula formula_of(const CanonicalParams& c, const Unit& u) {
 template <Format kFormat>
 __device__ float weight(uint32_t q, const Formula& f, const float* nf4) {
   const float base = base_value<kFormat>(q, nf4);
-  if constexpr (!kIsInteger<kFormat>) return ptx::mul_rn(base, f.scale);
+  if constexpr (!is_integer(kFormat)) return ptx::mul_rn(base, f.scale);
   const float level = ptx::sub_rn(ptx::sub_rn(base, f.start), f.zero);
   return ptx::add_rn(ptx::mul_rn(level, f.scale), f.offset);
 }
@@ -156,7 +143,7 @@ __device__ uint64_t load_codes(const uint8_t* packed, int64_t bytes, int64_t off
 
 template <Format kFormat>
 __device__ Unit load_unit(const DequantizeParams& p, int64_t n, uint32_t unit) {
-  constexpr int kBits = kBitsOf<kFormat>;
+  constexpr int kBits = bits_of(kFormat);
   const CanonicalParams& c = p.from;
   const int64_t i = (c.blocks128 ? n / 128 : n) * c.groups + p.units_per_group.quotient(unit);
   Unit u{};
@@ -192,7 +179,7 @@ __device__ void store_unit(const DequantizeParams& p, int64_t n, int64_t k, cons
 template <Format kFormat>
 __device__ void decode_unit(const CanonicalParams& c, const Unit& u, const float* nf4,
                             float (&w)[8]) {
-  constexpr int kBits = kBitsOf<kFormat>;
+  constexpr int kBits = bits_of(kFormat);
   const Formula f = formula_of<kFormat>(c, u);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
@@ -269,11 +256,11 @@ void start(DequantizeParams p, Stream stream) {
   constexpr int64_t kTable = 64;              // bytes of the nf4 table
   constexpr int64_t kMostShared = 48 * 1024;  // what every device gives without being asked
   // Wide loads also need rows of whole units: nothing is read behind the last one.
-  p.aligned = is_aligned(p.from.packed, p.from.row_bytes, kLoadBytes<kBitsOf<kFormat>>) &&
-              p.from.row_bytes % kBitsOf<kFormat> == 0;
+  p.aligned = is_aligned(p.from.packed, p.from.row_bytes, kLoadBytes<bits_of(kFormat)>) &&
+              p.from.row_bytes % bits_of(kFormat) == 0;
   if (p.from.perm == nullptr) {
     const int64_t units = p.from.N * p.units_per_row.divisor;
-    const int64_t blocks = ceil_div(units, kThreads * kUnits);
+    const int64_t blocks = div_up(units, kThreads * kUnits);
     LOWBIT_CHECK(blocks < (int64_t{1} << 31), "dequantize: N=", p.from.N, " K=", p.from.K,
                  " is too large for one launch");
     launch("dequantize", dequantize_kernel<kFormat>, Grid{static_cast<uint32_t>(blocks), 1, 1},
@@ -289,9 +276,9 @@ void start(DequantizeParams p, Stream stream) {
 }  // namespace
 
 void launch_dequantize(const CanonicalParams& from, void* to, Element type, Stream stream) {
-  const int64_t units_per_row = ceil_div(from.K, 8);
+  const int64_t units_per_row = div_up(from.K, 8);
   // A group of all of K need not be a multiple of eight; no unit reaches the second one.
-  const int64_t units_per_group = ceil_div(from.group_size, 8);
+  const int64_t units_per_group = div_up(from.group_size, 8);
   DequantizeParams p{from,
                      to,
                      type,

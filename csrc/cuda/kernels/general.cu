@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(32 * kGeneralWarps) general_kernel(const GemmP
   const float* nf4 = shared_levels();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const TileReader reader(p.w);
-  const int64_t token_groups = ceil_div(p.x.M, kGeneralTokens);
+  const int64_t token_groups = div_up(p.x.M, kGeneralTokens);
   const int64_t work = p.w.strips * token_groups * kReaderRows;
   // The eight warps of a strip and four tokens, then the next tokens: codes are read again while they are still in L2.
   for (int64_t i = first_warp(); i < work; i += all_warps()) {
@@ -196,7 +196,7 @@ bool is_exact(const GemmParams& p) {
 }  // namespace
 
 void launch_general(const GemmParams& p, Stream stream) {
-  const int64_t warps = int64_t{p.w.strips} * ceil_div(p.x.M, kGeneralTokens) * kReaderRows;
+  const int64_t warps = int64_t{p.w.strips} * div_up(p.x.M, kGeneralTokens) * kReaderRows;
   launch("general", is_exact(p) ? general_kernel<true> : general_kernel<false>, general_grid(warps),
          32 * kGeneralWarps, kLevelBytes, stream, p);
 }

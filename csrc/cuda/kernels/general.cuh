@@ -17,7 +17,7 @@ inline constexpr int kGeneralTokens = 4;  // 8 rows x 4 tokens: as many sums as 
 inline constexpr int64_t kMostBlocks = int64_t{1} << 20;
 
 inline Grid general_grid(int64_t warps) {
-  const int64_t blocks = ceil_div(warps, kGeneralWarps);
+  const int64_t blocks = div_up(warps, kGeneralWarps);
   return {static_cast<uint32_t>(blocks < kMostBlocks ? blocks : kMostBlocks), 1, 1};
 }
 __device__ inline int64_t first_warp() {

@@ -65,8 +65,8 @@ static __global__ void __launch_bounds__(32 * kGeneralWarps)
   const float* nf4 = shared_levels();
   const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
   const TileReader reader(p.w);
-  const int64_t cells = ceil_div(p.w.K, kCellK);
-  const int64_t work = cells * ceil_div(p.x.M, kRows);
+  const int64_t cells = div_up(p.w.K, kCellK);
+  const int64_t work = cells * div_up(p.x.M, kRows);
   for (int64_t i = first_warp(); i < work; i += all_warps()) {
     const int cell = static_cast<int>(i % cells);
     const int64_t m0 = i / cells * kRows;
@@ -90,7 +90,7 @@ static __global__ void __launch_bounds__(32 * kGeneralWarps)
 }  // namespace
 
 void launch_general_grad(const GemmParams& p, Stream stream) {
-  const int64_t warps = ceil_div(p.w.K, kCellK) * ceil_div(p.x.M, kRows);
+  const int64_t warps = div_up(p.w.K, kCellK) * div_up(p.x.M, kRows);
   launch("general_grad", general_grad_kernel, general_grid(warps), 32 * kGeneralWarps, kLevelBytes,
          stream, p);
 }

@@ -57,8 +57,7 @@ class GradWarp {
         first_cell_(static_cast<int>(threadIdx.x) / 32 * kCells % kStepCells),
         group_of_(p.w),
         cells_((p.w.K + kCellK - 1) / kCellK),
-        scaling_(p.w.scale_dtype == T::kScaleDtype && !has_fractions(p.w) ? Scaling16::kPairs
-                                                                          : Scaling16::kFloats),
+        scaling_(scaling_before<T>(p.w)),
         weights_(p.w, layout, static_cast<int>(threadIdx.x) % kHalfThreads),
         tokens_(p.x, p.w.N, static_cast<int>(threadIdx.x)) {}
 

@@ -62,8 +62,7 @@ class MatrixWarp {
         fetched_tokens_(p.x, p.w.K, static_cast<int>(threadIdx.x)),
         group_of_(p.w),
         cells_((p.w.K + kCellK - 1) / kCellK),
-        scaling_(p.w.scale_dtype == T::kScaleDtype && !has_fractions(p.w) ? Scaling16::kPairs
-                                                                          : Scaling16::kFloats) {}
+        scaling_(scaling_before<T>(p.w)) {}
 
   // sums[fragment][8 tokens][register of D] of the segment's steps.
   __device__ void multiply(const Segment& segment, Sums& sums) {

@@ -123,7 +123,7 @@ __device__ void write_padding(const WeightParams& w, const PackPlace& place, uin
 template <int kBits>
 __global__ void __launch_bounds__(kPackThreads)
     pack_kernel(const CanonicalParams c, const WeightParams w, uint8_t* to, bool aligned) {
-  using P = Planes<kBits>;
+  using P = BitPlanes<kBits>;
   const PackPlace place = pack_place(w);
   uint8_t* strip = to + place.strip * w.strip_bytes;
   if (place.index < w.tiles) {

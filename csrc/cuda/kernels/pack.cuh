@@ -20,8 +20,8 @@ inline constexpr int kPackThreads = 128;
 
 // The planes of a format, as CudaTile64 lays them.
 template <int kBits>
-struct Planes {
-  static constexpr int kLow = kBits >= 8 ? 8 : kBits >= 4 ? 4 : 2;
+struct BitPlanes {
+  static constexpr int kLow = low_plane_bits(kBits);
   static constexpr int kHigh = kBits - kLow;
   static constexpr int kHighOffset = 1024 * kLow;  // bytes from the start of the tile
 };
@@ -82,7 +82,7 @@ static __global__ void __launch_bounds__(256)
 }
 inline void copy_perm(const char* name, const int32_t* from, int32_t* to, int64_t count,
                       Stream stream) {
-  launch(name, copy_perm_kernel, Grid{static_cast<uint32_t>(ceil_div(count, 256)), 1, 1}, 256, 0,
+  launch(name, copy_perm_kernel, Grid{static_cast<uint32_t>(div_up(count, 256)), 1, 1}, 256, 0,
          stream, from, to, count);
 }
 

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const PreparePar
 
 template <int kSize>
 void prepare(const PrepareParams& p, Stream stream) {
-  const int64_t blocks = int64_t{p.blocks_per_row} * ceil_div(p.M, kRows);
+  const int64_t blocks = int64_t{p.blocks_per_row} * div_up(p.M, kRows);
   LOWBIT_CHECK(blocks < (int64_t{1} << 31), "prepare_rows: M=", p.M, " K=", p.K,
                " is too large for one launch");
   launch("prepare_rows", prepare_rows_kernel<kSize>, Grid{static_cast<uint32_t>(blocks), 1, 1},
@@ -122,7 +122,7 @@ void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, vo
                " bytes are not whole 16-byte pieces that hold K=", K);
   const PrepareParams p{
       x.data,  x.M,  K,  x.stride,
-      columns, perm, to, static_cast<uint32_t>(ceil_div(columns * size, 16 * kThreads))};
+      columns, perm, to, static_cast<uint32_t>(div_up(columns * size, 16 * kThreads))};
   if (size == 2) return prepare<2>(p, stream);
   prepare<1>(p, stream);
 }

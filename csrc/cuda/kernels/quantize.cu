@@ -34,11 +34,11 @@ constexpr int64_t kLongGroup = 1024;
 template <class Source>
 void start(QuantizeLaunch p, Stream stream) {
   const CanonicalParams& c = p.q.shape;
-  const int64_t rows = c.blocks128 ? ceil_div(c.N, 128) : c.N;
+  const int64_t rows = c.blocks128 ? div_up(c.N, 128) : c.N;
   const int64_t length = c.blocks128 ? c.group_size * (c.N < 128 ? c.N : 128) : c.group_size;
   p.groups = rows * c.groups;
   p.shared_groups = length >= kLongGroup;
-  const int64_t blocks = p.shared_groups ? p.groups : ceil_div(p.groups, kTeams);
+  const int64_t blocks = p.shared_groups ? p.groups : div_up(p.groups, kTeams);
   LOWBIT_CHECK(blocks < (int64_t{1} << 31), "quantize: N=", c.N, " K=", c.K, " has ", p.groups,
                " groups, too many for one launch");
   launch("quantize", quantize_kernel<Source>, Grid{static_cast<uint32_t>(blocks), 1, 1},

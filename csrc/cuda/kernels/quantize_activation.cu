@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <Element kType>
 void start(const ActivationParams& p, Stream stream) {
-  const int64_t blocks = ceil_div(p.segments, kThreads / p.team);
+  const int64_t blocks = div_up(p.segments, kThreads / p.team);
   LOWBIT_CHECK(blocks < (int64_t{1} << 31), "quantize_activation: ", p.segments,
                " groups are too many for one launch");
   const Grid grid{static_cast<uint32_t>(blocks), 1, 1};
@@ -335,7 +335,7 @@ int32_t team_size(int64_t length) {
 void launch_quantize_activation(const QuantizeActivationParams& q, Stream stream) {
   LOWBIT_CHECK(q.K < (int64_t{1} << 30), "quantize_activation: K=", q.K,
                " exceeds the supported 2^30");
-  const int64_t groups = ceil_div(q.K, q.group_size), size = element_bytes(q.type);
+  const int64_t groups = div_up(q.K, q.group_size), size = element_bytes(q.type);
   ActivationParams p{q, groups, q.M * groups, team_size(q.group_size), false, false};
   // A lone group spans its row; others start at multiples of eight elements.
   p.vector_loads = is_aligned(q.x, q.stride * size, 16);

@@ -15,7 +15,7 @@ __device__ uint32_t plane_pair(const uint8_t* plane, int n, int k) {
 
 template <int kBits>
 __device__ uint32_t tile_pair(const uint8_t* tile, int n, int k) {
-  using P = Planes<kBits>;
+  using P = BitPlanes<kBits>;
   uint32_t pair = plane_pair<P::kLow>(tile, n, k);
   if constexpr (P::kHigh > 0) pair |= plane_pair<P::kHigh>(tile + P::kHighOffset, n, k) << P::kLow;
   return pair;
