@@ -21,6 +21,25 @@ __device__ constexpr int swizzled(int token, int piece) {
   return token * (kStep * 2) + ((piece ^ (token & 7)) << 4);
 }
 
+// Where the codes of a strip (the stage's first, second, ...) and the rows of the groups that a step touches (the first,
+// second, ... of them) lie in a stage: bytes from its start.
+template <Format kFormat>
+__device__ constexpr int codes_at(int strip) {
+  return strip * (kStepCells * Planes<kFormat>::kCellBytes);
+}
+__device__ inline int scales_at(const WeightParams& w, const StageLayout& layout, int strip,
+                                int group) {
+  return layout.scales + (strip * layout.groups + group) * w.scale_row_bytes;
+}
+__device__ inline int zeros_at(const WeightParams& w, const StageLayout& layout, int strip,
+                               int group) {
+  return layout.zeros + (strip * layout.groups + group) * w.zero_row_bytes;
+}
+__device__ inline GroupRows group_rows(const WeightParams& w, const StageLayout& layout,
+                                       const uint8_t* stage, int strip, int group) {
+  return {stage + scales_at(w, layout, strip, group), stage + zeros_at(w, layout, strip, group)};
+}
+
 // Waits until the oldest of `stages - 1` steps has arrived. The instruction takes a constant.
 __device__ inline void wait_for_oldest(int stages) {
   if (stages == 2) {
@@ -55,10 +74,10 @@ class StripFetcher {
     return w_.data + strip * w_.strip_bytes + int64_t{step / kTileSteps} * w_.tile_bytes + offset_;
   }
 
-  // Part `part` of a tile, which is step `step`: codes go to `codes`, the rows of the groups that the step touches to
-  // `scales` and `zeros`.
-  __device__ void fetch(const uint8_t* tile, uint32_t part, int step, uint8_t* codes,
-                        uint8_t* scales, uint8_t* zeros) const {
+  // Part `part` of a tile, which is step `step`, into a stage, as its strip `strip`.
+  __device__ void fetch(const uint8_t* tile, uint32_t part, int step, uint8_t* stage,
+                        int strip) const {
+    uint8_t* const codes = stage + codes_at<kFormat>(strip);
     constexpr int low = kStripRows * kStep * P::kLow / 8, high = kStripRows * kStep * P::kHigh / 8;
     copy_block<low>(codes + offset_, tile + part * low);
     if constexpr (high > 0)
@@ -75,11 +94,11 @@ class StripFetcher {
       const int left = w_.groups - static_cast<int>(first);
       count = left < count ? left : count;
     }
-    copy_rows(scales + offset_, tile + w_.scales_offset + first * scale_row,
-              count * w_.scale_row_bytes);
+    copy_rows(stage + scales_at(w_, layout_, strip, 0) + offset_,
+              tile + w_.scales_offset + first * scale_row, count * w_.scale_row_bytes);
     if (w_.zero_row_bytes != 0)
-      copy_rows(zeros + offset_, tile + w_.zeros_offset + first * zero_row,
-                count * w_.zero_row_bytes);
+      copy_rows(stage + zeros_at(w_, layout_, strip, 0) + offset_,
+                tile + w_.zeros_offset + first * zero_row, count * w_.zero_row_bytes);
   }
 
  private:

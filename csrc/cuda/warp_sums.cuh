@@ -50,6 +50,20 @@ __device__ void add_warps(const float (&sums)[kFragments][kBlocks8][4], int warp
   }
 }
 
+// y = what add_warps() made of the sums, + bias: of the tokens from m on and the rows from n on, where m < M and n < N.
+template <int kWarps, int kCount>
+__device__ void store_added(const OutParams& y, int64_t m, int64_t M, int64_t n, int64_t N,
+                            int warp, int lane, const float (&values)[kCount]) {
+  const int64_t row = n + 2 * lane;
+  float bias[2];
+  load_bias(y, row, N, bias);
+#pragma unroll
+  for (int j = 0; j < kCount / 2; ++j) {
+    const int64_t token = m + warp + kWarps * j;
+    if (inside(token, M)) store_row(y, token, row, N, values + 2 * j, bias);
+  }
+}
+
 // y[m .. m + 8 * kBlocks8, n .. n + 64) = sums + bias, where m < M and n < N. Eight tokens at a time through `turned`
 // (8 * kPaddedRows floats of the warp's own): D has neighbouring tokens in a lane, y has neighbouring rows in memory.
 template <int kFragments, int kBlocks8>

@@ -29,7 +29,7 @@
 
 #include "cuda/codec/bytes.cuh"
 #include "cuda/kernels/formats.h"
-#include "cuda/launch.cuh"
+#include "cuda/kernels/launch_tile.cuh"
 #include "cuda/launchers.h"
 #include "cuda/pipeline.cuh"
 #include "cuda/scales.cuh"
@@ -246,24 +246,10 @@ class A8Warp {
       const int place = member_ / kStripThreads, strip = segment.tile_n * kStrips + place;
       if (inside(strip, p_.w.strips))
         weights_.fetch(weights_.tile(strip, step),
-                       static_cast<uint32_t>(step % Weights::kTileSteps), step, codes(stage, place),
-                       scales(stage, place), zeros(stage, place));
+                       static_cast<uint32_t>(step % Weights::kTileSteps), step, stage, place);
       Bytes::fetch(p_.x, p_.w.K, m0_, step, member_, stage + layout_.x);
     }
     ptx::cp_async_commit();
-  }
-
-  template <class Byte>
-  __device__ Byte* codes(Byte* stage, int strip) const {
-    return stage + strip * (kStepCells * Planes<kFormat>::kCellBytes);
-  }
-  template <class Byte>
-  __device__ Byte* scales(Byte* stage, int strip) const {
-    return stage + layout_.scales + strip * layout_.groups * p_.w.scale_row_bytes;
-  }
-  template <class Byte>
-  __device__ Byte* zeros(Byte* stage, int strip) const {
-    return stage + layout_.zeros + strip * layout_.groups * p_.w.zero_row_bytes;
   }
 
   // Cells by ones or twos, never across the end of a group. A loop that is not unrolled, because its body is long.
@@ -271,13 +257,13 @@ class A8Warp {
                                 int& count, Sums& sums) const {
     const int first_group = group_of_(step * kStepCells);
     const int left = cells_ - step * kStepCells, cells = left < kStepCells ? left : kStepCells;
-    StepPart part{codes(stage, strip_), stage + layout_.x, first_token(), 0, 0, step * kStep};
+    StepPart part{
+        stage + codes_at<kFormat>(strip_), stage + layout_.x, first_token(), 0, 0, step * kStep};
 #pragma unroll 1
     while (part.last < cells) {
       const int c = part.last, cell = step * kStepCells + c, group = group_of_(cell);
       const bool two = Math::kCells == 2 && inside(c + 1, cells) && group_of_(cell + 1) == group;
-      const GroupRows rows{scales(stage, strip_) + (group - first_group) * p_.w.scale_row_bytes,
-                           zeros(stage, strip_) + (group - first_group) * p_.w.zero_row_bytes};
+      const GroupRows rows = group_rows(p_.w, layout_, stage, strip_, group - first_group);
       uint32_t b[kBlocks8][Math::kCells];
       load_token_bytes(part.x, part.token, lane_, c, two, b);
       math.multiply(part.codes, rows, c, two, b, parts);
@@ -341,14 +327,7 @@ __device__ void run_block(const GemmParams& p, const StageLayout& layout) {
           !sum_segments<tile.threads()>(p.schedule, segment, blockIdx.x, values, elected)) {
         continue;
       }
-      float bias[2];
-      load_bias(p.y, n + 2 * warp.lane(), p.w.N, bias);
-#pragma unroll
-      for (int j = 0; j < tile.tokens / tile.warps(); ++j) {
-        const int64_t token = m + warp.warp() + tile.warps() * j;
-        if (inside(token, p.x.M))
-          store_row(p.y, token, n + 2 * warp.lane(), p.w.N, values + 2 * j, bias);
-      }
+      store_added<tile.warps()>(p.y, m, p.x.M, n, p.w.N, warp.warp(), warp.lane(), values);
     } else {
       if (!segment.whole &&
           !sum_segments<tile.threads()>(p.schedule, segment, blockIdx.x, sums, elected)) {
@@ -373,11 +352,7 @@ __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].blocks_
 
 template <template <Format, int> class MathOf, Format kFormat, int kTile>
 void start_a8(const GemmParams& p, Stream stream) {
-  constexpr Tile tile = kTiles[kTile];
-  const StageLayout layout = stage_layout(tile, p.w);
-  launch(tile.name, a8_kernel<MathOf, kFormat, kTile>,
-         Grid{static_cast<uint32_t>(p.schedule.blocks)}, tile.threads(),
-         shared_bytes(tile, layout, p.stages), stream, p, layout);
+  launch_tile<kTile>(a8_kernel<MathOf, kFormat, kTile>, p, stream);
 }
 
 }  // namespace lowbit::cuda

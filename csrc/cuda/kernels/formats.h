@@ -2,6 +2,8 @@
 // under a sanitizer or a mutation, a format of one plane, of two and of bytes (which may have 128x128 blocks) in bf16.
 #pragma once
 
+#include <type_traits>
+
 #include "common/enums.h"
 #include "cuda/float16.cuh"
 #include "cuda/runtime.h"
@@ -34,6 +36,20 @@ void with_type(const char* name, Element type, Run run) {
 #endif
   if (type != Element::kBFloat16) check_launch(name, kNotCompiled);
   run(BFloat16{});
+}
+
+// Calls run(std::integral_constant<Format, format>{}).
+template <class Run>
+void with_format(const char* name, Format format, Run run) {
+  switch (format) {
+#define LOWBIT_CASE(known) \
+  case known:              \
+    return run(std::integral_constant<Format, known>{});
+    LOWBIT_FOR_EACH_FORMAT(LOWBIT_CASE)
+#undef LOWBIT_CASE
+    default:
+      check_launch(name, kNotCompiled);
+  }
 }
 
 }  // namespace lowbit::cuda

@@ -20,7 +20,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/kernels/formats.h"
-#include "cuda/launch.cuh"
+#include "cuda/kernels/launch_tile.cuh"
 #include "cuda/launchers.h"
 #include "cuda/pipeline.cuh"
 #include "cuda/scales.cuh"
@@ -128,8 +128,8 @@ class GradWarp {
       const int cell = step * kStepCells + first_cell_ + c;
       real_[c] = inside(cell, cells_);
       const int at = real_[c] ? group_of_(cell) - first_group : 0;
-      scales_at_[c] = layout_.scales + (half_ * layout_.groups + at) * p_.w.scale_row_bytes;
-      zeros_at_[c] = layout_.zeros + (half_ * layout_.groups + at) * p_.w.zero_row_bytes;
+      scales_at_[c] = scales_at(p_.w, layout_, half_, at);
+      zeros_at_[c] = zeros_at(p_.w, layout_, half_, at);
     }
   }
 
@@ -140,20 +140,13 @@ class GradWarp {
       const int step = step_of(segment, half_);
       if (inside(step * kStepCells, cells_)) {
         weights_.fetch(weights_.tile(strip, step),
-                       static_cast<uint32_t>(step % Weights::kTileSteps), step, codes(stage),
-                       stage + layout_.scales + half_ * layout_.groups * p_.w.scale_row_bytes,
-                       stage + layout_.zeros + half_ * layout_.groups * p_.w.zero_row_bytes);
+                       static_cast<uint32_t>(step % Weights::kTileSteps), step, stage, half_);
       }
       tokens_.fetch(tokens_.row(segment.tile_m * kShape.tokens, strip), strip, stage + layout_.x);
       ++strip;
       advance(slot);
     }
     ptx::cp_async_commit();
-  }
-
-  template <class Byte>
-  __device__ Byte* codes(Byte* stage) const {
-    return stage + half_ * (kStepCells * Planes<kFormat>::kCellBytes);
   }
 
   // A fragments: 16 n of all tokens. A matrix of ldmatrix is 8 tokens x 8 n, in the order of A's registers.
@@ -169,7 +162,8 @@ class GradWarp {
     Words words[kCells];
 #pragma unroll
     for (int c = 0; c < kCells; ++c)
-      load_cell<kFormat, kStepCells>(codes(stage), first_cell_ + c, lane_, words[c]);
+      load_cell<kFormat, kStepCells>(stage + codes_at<kFormat>(half_), first_cell_ + c, lane_,
+                                     words[c]);
     // Not unrolled, for short code: the words of the fragments to come move up instead.
 #pragma unroll 1
     for (int i = 0; i < kFragments; ++i) {
@@ -265,16 +259,12 @@ __global__ void __launch_bounds__(kTiles[kGradTile].threads(), kTiles[kGradTile]
 template <Format kFormat>
 void run_grad(const GemmParams& p, Stream stream);
 
-#define LOWBIT_INSTANTIATE_GRAD(format)                                      \
-  template <>                                                                \
-  void run_grad<format>(const GemmParams& p, Stream stream) {                \
-    constexpr Tile tile = kTiles[kGradTile];                                 \
-    const StageLayout layout = stage_layout(tile, p.w);                      \
-    with_type(tile.name, p.x.type, [&](auto type) {                          \
-      launch(tile.name, grad_kernel<format, decltype(type)>,                 \
-             Grid{static_cast<uint32_t>(p.schedule.blocks)}, tile.threads(), \
-             shared_bytes(tile, layout, p.stages), stream, p, layout);       \
-    });                                                                      \
+#define LOWBIT_INSTANTIATE_GRAD(format)                                       \
+  template <>                                                                 \
+  void run_grad<format>(const GemmParams& p, Stream stream) {                 \
+    with_type(kTiles[kGradTile].name, p.x.type, [&](auto type) {              \
+      launch_tile<kGradTile>(grad_kernel<format, decltype(type)>, p, stream); \
+    });                                                                       \
   }
 
 }  // namespace lowbit::cuda

@@ -24,7 +24,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/kernels/formats.h"
-#include "cuda/launch.cuh"
+#include "cuda/kernels/launch_tile.cuh"
 #include "cuda/launchers.h"
 #include "cuda/pipeline.cuh"
 #include "cuda/scales.cuh"
@@ -170,35 +170,21 @@ class MatrixWarp {
     const int place = static_cast<int>(threadIdx.x) / kStripThreads;
     if (inside(fetched_, p_.w.strips))
       fetched_strip_.fetch(fetched_strip_.tile(fetched_, step), static_cast<uint32_t>(step) % 2,
-                           step, codes(stage, place), scales(stage, place), zeros(stage, place));
+                           step, stage, place);
     fetched_tokens_.fetch(fetched_tokens_.row(m0_, step), step, stage + layout_.x);
-  }
-
-  template <class Byte>
-  __device__ Byte* codes(Byte* stage, int strip) const {
-    return stage + strip * (kStepCells * Planes<kFormat>::kCellBytes);
-  }
-  template <class Byte>
-  __device__ Byte* scales(Byte* stage, int strip) const {
-    return stage + layout_.scales + strip * layout_.groups * p_.w.scale_row_bytes;
-  }
-  template <class Byte>
-  __device__ Byte* zeros(Byte* stage, int strip) const {
-    return stage + layout_.zeros + strip * layout_.groups * p_.w.zero_row_bytes;
   }
 
   __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {
     const int first_group = group_of_(step * kStepCells);
     const int slice = kShape.warps_k == 2 ? part_ : 0;
-    const uint8_t* const strip_codes = codes(stage, strip_);
+    const uint8_t* const strip_codes = stage + codes_at<kFormat>(strip_);
 #pragma unroll 1
     for (int c = 0; c < kCells; ++c) {
       const int in_step = slice * kCells + c;
       const int cell = step * kStepCells + in_step;
       if (!inside(cell, cells_)) break;
       const int group = group_of_(cell);
-      const GroupRows rows{scales(stage, strip_) + (group - first_group) * p_.w.scale_row_bytes,
-                           zeros(stage, strip_) + (group - first_group) * p_.w.zero_row_bytes};
+      const GroupRows rows = group_rows(p_.w, layout_, stage, strip_, group - first_group);
       if (group != group_) load_group(rows, group);
       uint32_t b[kBlocks8][2];
       load_tokens(stage + layout_.x, in_step, b);
@@ -299,12 +285,8 @@ __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].blocks_
 // Starts the kernel of a format and a tile for x's type.
 template <Format kFormat, int kTile>
 void start_matrix(const GemmParams& p, Stream stream) {
-  constexpr Tile tile = kTiles[kTile];
-  const StageLayout layout = stage_layout(tile, p.w);
-  const Grid grid{static_cast<uint32_t>(p.schedule.blocks)};
-  with_type(tile.name, p.x.type, [&](auto type) {
-    launch(tile.name, matrix_kernel<kFormat, decltype(type), kTile>, grid, tile.threads(),
-           shared_bytes(tile, layout, p.stages), stream, p, layout);
+  with_type(kTiles[kTile].name, p.x.type, [&](auto type) {
+    launch_tile<kTile>(matrix_kernel<kFormat, decltype(type), kTile>, p, stream);
   });
 }
 

@@ -21,7 +21,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/kernels/formats.h"
-#include "cuda/launch.cuh"
+#include "cuda/kernels/launch_tile.cuh"
 #include "cuda/launchers.h"
 #include "cuda/pipeline.cuh"
 #include "cuda/scales.cuh"
@@ -83,12 +83,8 @@ class StreamWarp {
     }
   }
 
-  // The block's sums: this thread's are values[2 * j], values[2 * j + 1], at (token(j), row()) and the row after.
-  __device__ void add(const Sums& sums, float (&values)[2 * kBlocks8]) const {
-    add_warps<kWarps>(sums, warp_, lane_, values);
-  }
-  __device__ int row() const { return 2 * lane_; }
-  __device__ int token(int j) const { return warp_ + kWarps * j; }
+  __device__ int warp() const { return warp_; }
+  __device__ int lane() const { return lane_; }
 
  private:
   static __device__ void clear(Sums& sums) {
@@ -119,7 +115,7 @@ class StreamWarp {
     uint32_t part;
   };
   __device__ void fetch(Source& from, int step, uint8_t* stage) const {
-    strip_.fetch(from.tile, from.part, step, stage, stage + layout_.scales, stage + layout_.zeros);
+    strip_.fetch(from.tile, from.part, step, stage, 0);
     tokens_.fetch(from.row, step, stage + layout_.x);
     from.tile += kWarps / Strip::kTileSteps * p_.w.tile_bytes;
     from.row += kWarps * kStep * 2;
@@ -150,7 +146,7 @@ class StreamWarp {
   __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {
     const int begin = step * kStepCells;
     if (one_group_ && begin + kStepCells <= cells_) {
-      const GroupRows rows{stage + layout_.scales, stage + layout_.zeros};
+      const GroupRows rows = group_rows(p_.w, layout_, stage, 0, 0);
       if (p_.w.zero_kind == ZeroKind::kInt)
         load_zeros<kFormat, T>(p_.w, rows.zeros, lane_ / 4, zeros_);
       Sums part;
@@ -168,7 +164,7 @@ class StreamWarp {
   // A step of several groups, or one in which K ends, or weights that are scaled before.
   __device__ void multiply_groups(const uint8_t* stage, int begin, Sums& sums) {
     const int cells = cells_ - begin < kStepCells ? cells_ - begin : kStepCells;
-    GroupRows rows{stage + layout_.scales, stage + layout_.zeros};
+    GroupRows rows = group_rows(p_.w, layout_, stage, 0, 0);
     int group = group_of_(begin);
 #pragma unroll 1
     for (int c = 0; c < cells; ++group) {
@@ -260,31 +256,22 @@ __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].blocks_
     float sums[kFragments][tile.tokens / 8][4];
     warp.multiply(segment, sums);
     float values[tile.tokens / 4];
-    warp.add(sums, values);
+    add_warps<warps>(sums, warp.warp(), warp.lane(), values);
     if (!segment.whole &&
         !sum_segments<32 * warps>(p.schedule, segment, blockIdx.x, values, elected)) {
       continue;
     }
-    const int64_t n = int64_t{segment.tile_n} * kStripRows + warp.row();
-    float bias[2];
-    load_bias(p.y, n, p.w.N, bias);
-#pragma unroll
-    for (int j = 0; j < tile.tokens / 8; ++j) {
-      const int m = segment.tile_m * tile.tokens + warp.token(j);
-      if (inside(m, p.x.M)) store_row(p.y, m, n, p.w.N, values + 2 * j, bias);
-    }
+    store_added<warps>(p.y, int64_t{segment.tile_m} * tile.tokens, p.x.M,
+                       int64_t{segment.tile_n} * kStripRows, p.w.N, warp.warp(), warp.lane(),
+                       values);
   }
 }
 
 // Starts the kernel of a format and a tile for x's type.
 template <Format kFormat, int kTile>
 void start_stream(const GemmParams& p, Stream stream) {
-  constexpr Tile tile = kTiles[kTile];
-  const StageLayout layout = stage_layout(tile, p.w);
-  const Grid grid{static_cast<uint32_t>(p.schedule.blocks)};
-  with_type(tile.name, p.x.type, [&](auto type) {
-    launch(tile.name, stream_kernel<kFormat, decltype(type), kTile>, grid, tile.threads(),
-           shared_bytes(tile, layout, p.stages), stream, p, layout);
+  with_type(kTiles[kTile].name, p.x.type, [&](auto type) {
+    launch_tile<kTile>(stream_kernel<kFormat, decltype(type), kTile>, p, stream);
   });
 }
 
