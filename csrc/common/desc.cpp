@@ -24,8 +24,8 @@ void validate(const Desc& d) {
   LOWBIT_CHECK(scaling <= 1, "scaling=", name_of(d.scaling),
                " is reserved: no kernel takes it yet");
   const int layout = static_cast<int>(d.layout);
-  LOWBIT_CHECK(layout >= 0 && layout <= 2, "layout=", layout,
-               " is not one of 0 (canonical), 1 (cpu_tile16), 2 (cuda_tile64)");
+  LOWBIT_CHECK(layout >= 0 && layout <= 3, "layout=", layout,
+               " is not one of 0 (canonical), 1 (cpu_tile16), 2 (cuda_tile64), 3 (metal_tile4)");
   LOWBIT_CHECK(d.group_size == -1 || (d.group_size >= 8 && d.group_size % 8 == 0),
                "group_size=", d.group_size, " is neither -1 nor a positive multiple of 8");
   LOWBIT_CHECK(d.group_size <= kMaxGroupSize, "group_size=", d.group_size, " exceeds ",
@@ -56,7 +56,7 @@ const char* name_of(Scaling scaling) {
 }
 
 const char* name_of(Layout layout) {
-  static const char* const names[] = {"canonical", "cpu_tile16", "cuda_tile64"};
+  static const char* const names[] = {"canonical", "cpu_tile16", "cuda_tile64", "metal_tile4"};
   return names[static_cast<int>(layout)];
 }
 

@@ -36,7 +36,7 @@ enum class Scaling : int {
   kFlat = 3,      // groups that run across rows: named here, no kernel takes it yet
 };
 
-enum class Layout : int { kCanonical = 0, kCpuTile16 = 1, kCudaTile64 = 2 };
+enum class Layout : int { kCanonical = 0, kCpuTile16 = 1, kCudaTile64 = 2, kMetalTile4 = 3 };
 
 enum Flags : int64_t { kBatchInvariant = 1 };
 

@@ -4,6 +4,7 @@
 #include "formats/format_table.h"
 #include "packing/cpu_tile16.h"
 #include "packing/cuda_tile64.h"
+#include "packing/metal_tile4.h"
 
 // What CMake says of the CUDA library beside this one: what built it, or why there is none.
 #ifndef LOWBIT_CUDA_VERSION
@@ -52,7 +53,8 @@ std::vector<std::pair<std::string, EnumValues>> list_enums() {
       {"scale_dtype", named({ScaleDtype::kFloat32, ScaleDtype::kFloat16, ScaleDtype::kBFloat16,
                              ScaleDtype::kE8m0, ScaleDtype::kE4m3})},
       {"scaling", named({Scaling::kGroup, Scaling::kBlock128, Scaling::kTwoLevel, Scaling::kFlat})},
-      {"layout", named({Layout::kCanonical, Layout::kCpuTile16, Layout::kCudaTile64})},
+      {"layout",
+       named({Layout::kCanonical, Layout::kCpuTile16, Layout::kCudaTile64, Layout::kMetalTile4})},
       {"flags", {{"batch_invariant", kBatchInvariant}}},
   };
 }
@@ -69,6 +71,7 @@ int64_t packed_size(int64_t N, int64_t K, int64_t desc) {
   const Desc d = decode_desc(desc);
   if (d.layout == Layout::kCpuTile16) return cpu_tile16(N, K, d).total_bytes;
   if (d.layout == Layout::kCudaTile64) return cuda_tile64(N, K, d).total_bytes;
+  if (d.layout == Layout::kMetalTile4) return metal_tile4(N, K, d).total_bytes;
   fail("layout ", name_of(d.layout),
        " is not a kernel layout; canonical weights are several tensors");
 }

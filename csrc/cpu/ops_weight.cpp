@@ -10,6 +10,7 @@
 #include "formats/format_table.h"
 #include "op_namespace.h"
 #include "packing/cuda_tile64.h"
+#include "packing/metal_tile4.h"
 
 namespace lowbit {
 namespace {
@@ -214,6 +215,20 @@ Tensor pack_cuda_tile64(const CanonicalTensors& c) {
   return out;
 }
 
+Tensor pack_metal_tile4(const CanonicalTensors& c) {
+  const MetalTile4 tile = metal_tile4(c.shape.N, c.shape.K, c.desc);
+  Tensor out = empty_on(cpu_place(), {tile.total_bytes}, ScalarType::Byte);
+  uint8_t* to = data_of<uint8_t>(out);
+  parallel_items(tile.strips, c.shape.K * kMetalRows, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      pack_strip4(tile, c.data, strip, to + strip * tile.strip_bytes);
+  });
+  if (c.data.perm != nullptr)
+    std::copy_n(reinterpret_cast<const uint8_t*>(c.data.perm), 4 * c.shape.K,
+                to + tile.perm_offset);
+  return out;
+}
+
 Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
             const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc) {
   const char* op = "lowbit::pack";
@@ -224,6 +239,8 @@ Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& ze
       return pack_cpu_tile16(c);
     case Layout::kCudaTile64:
       return pack_cuda_tile64(c);
+    case Layout::kMetalTile4:
+      return pack_metal_tile4(c);
     default:
       fail(op, ": desc asks for layout ", name_of(c.desc.layout), ", which is not a kernel layout");
   }
@@ -254,6 +271,19 @@ void unpack_cuda_tile64(const char* op, const Tensor& w, int64_t N, int64_t K, c
     std::copy_n(from + tile.perm_offset, 4 * K, reinterpret_cast<uint8_t*>(to.perm));
 }
 
+void unpack_metal_tile4(const char* op, const Tensor& w, int64_t N, int64_t K, const Desc& desc,
+                        const CanonicalMutable& to) {
+  const MetalTile4 tile = metal_tile4(N, K, desc);
+  check_plain(op, "w", w, cpu_place(), ScalarType::Byte, {tile.total_bytes});
+  const uint8_t* from = const_data_of<uint8_t>(w);
+  parallel_items(tile.strips, K * kMetalRows, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      unpack_strip4(tile, from + strip * tile.strip_bytes, strip, to);
+  });
+  if (desc.has_perm)
+    std::copy_n(from + tile.perm_offset, 4 * K, reinterpret_cast<uint8_t*>(to.perm));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, int64_t K,
                                                   int64_t desc_bits) {
   const char* op = "lowbit::unpack";
@@ -269,6 +299,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, in
                             data_of<uint8_t>(zeros), data_of<int32_t>(perm)};
   if (desc.layout == Layout::kCudaTile64) {
     unpack_cuda_tile64(op, w, N, K, desc, to);
+  } else if (desc.layout == Layout::kMetalTile4) {
+    unpack_metal_tile4(op, w, N, K, desc, to);
   } else {
     unpack_cpu_tile16(op, w, N, K, desc_bits, to);
   }
