@@ -24,15 +24,15 @@ int32_t shim_dtype(ScalarType dtype) {
   }
 }
 
-std::string shape_string(const std::vector<int64_t>& shape) {
+std::string shape_string(const Shape& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += concat(i == 0 ? "" : ", ", shape[i]);
   return text + "]";
 }
 
-std::vector<int64_t> sizes_of(const Tensor& tensor) {
+Shape sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
+  return Shape(sizes.data(), sizes.size());
 }
 
 }  // namespace
@@ -97,9 +97,7 @@ ScalarType zeros_scalar_type(const Desc& desc) {
   return desc.zero_kind == ZeroKind::kInt ? ScalarType::Byte : scale_scalar_type(desc.scale_dtype);
 }
 
-std::vector<int64_t> scales_shape(const CanonicalShape& shape) {
-  return {shape.scale_rows, shape.groups};
-}
+Shape scales_shape(const CanonicalShape& shape) { return {shape.scale_rows, shape.groups}; }
 
 Place cpu_place() {
   static const int32_t cpu = aoti_torch_device_type_cpu();
@@ -109,8 +107,8 @@ Place cpu_place() {
 Place place_of(const Tensor& tensor, const char* name) {
   Place place{0, 0, name};
   aoti_torch_get_device_type(tensor.get(), &place.type);
-  aoti_torch_get_device_index(tensor.get(), &place.index);
-  if (place.type == cpu_place().type) place.index = 0;  // -1 and 0 are the same CPU
+  // There is one CPU, whose index is -1 or 0.
+  if (place.type != cpu_place().type) aoti_torch_get_device_index(tensor.get(), &place.index);
   return place;
 }
 
@@ -134,8 +132,7 @@ void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarT
                dtype_name(dtype));
 }
 
-void check_shape(const char* op, const char* name, const Tensor& tensor,
-                 const std::vector<int64_t>& shape) {
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Shape& shape) {
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == shape.size();
   for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
@@ -144,15 +141,15 @@ void check_shape(const char* op, const char* name, const Tensor& tensor,
 }
 
 void check_plain(const char* op, const char* name, const Tensor& tensor, const Place& place,
-                 ScalarType dtype, const std::vector<int64_t>& shape) {
+                 ScalarType dtype, const Shape& shape) {
   check_place(op, name, tensor, place);
   check_dtype(op, name, tensor, dtype);
   check_shape(op, name, tensor, shape);
   LOWBIT_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous");
 }
 
-Tensor empty_on(const Place& place, const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
+Tensor empty_on(const Place& place, const Shape& shape, ScalarType dtype) {
+  Shape strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;) {
     strides[i] = stride;
@@ -168,10 +165,11 @@ Tensor empty_on(const Place& place, const std::vector<int64_t>& shape, ScalarTyp
 }
 
 Rows rows_of(const char* op, const char* name, const Tensor& tensor, const Place& place) {
-  const int64_t dims = tensor.dim();
+  const auto sizes = tensor.sizes();
+  const size_t dims = sizes.size();
   LOWBIT_CHECK(dims >= 1, op, ": ", name, " is a scalar, expected shape [..., K]");
   check_place(op, name, tensor, place);
-  Rows rows{tensor, nullptr, 1, tensor.size(dims - 1), 0};
+  Rows rows{tensor, nullptr, 1, sizes[dims - 1], 0};
   bool walkable = tensor.is_contiguous();
   rows.stride = rows.K;
   if (!walkable && dims == 2 && (rows.K == 1 || tensor.stride(1) == 1)) {
@@ -179,14 +177,14 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor, const Place
     rows.stride = tensor.stride(0);
   }
   if (!walkable) rows.keep = torch::stable::contiguous(tensor);
-  for (int64_t d = 0; d + 1 < dims; ++d) rows.M *= tensor.size(d);
+  for (size_t d = 0; d + 1 < dims; ++d) rows.M *= sizes[d];
   rows.data = static_cast<const uint8_t*>(rows.keep.const_data_ptr());
   return rows;
 }
 
-std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> shape = sizes_of(tensor);
-  shape.back() = last;
+Shape with_last(const Tensor& tensor, int64_t last) {
+  Shape shape = sizes_of(tensor);
+  shape[shape.size() - 1] = last;
   return shape;
 }
 

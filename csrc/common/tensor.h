@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,6 +24,26 @@ namespace lowbit {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// A shape. Several are made in every call, so up to eight dimensions take no memory from the heap.
+class Shape {
+ public:
+  explicit Shape(size_t dims) : dims_(dims), more_(dims > kInline ? dims : 0) {}
+  Shape(std::initializer_list<int64_t> sizes) : Shape(sizes.begin(), sizes.size()) {}
+  Shape(const int64_t* sizes, size_t dims) : Shape(dims) { std::copy_n(sizes, dims, data()); }
+
+  size_t size() const { return dims_; }
+  int64_t* data() { return more_.empty() ? few_ : more_.data(); }
+  const int64_t* data() const { return more_.empty() ? few_ : more_.data(); }
+  int64_t& operator[](size_t i) { return data()[i]; }
+  int64_t operator[](size_t i) const { return data()[i]; }
+
+ private:
+  static constexpr size_t kInline = 8;
+  size_t dims_;
+  int64_t few_[kInline];
+  std::vector<int64_t> more_;  // all of them, where they are more than eight
+};
 
 // The device that a call runs on, and the argument that said so: all others must be there too.
 struct Place {
@@ -42,18 +64,17 @@ Element float_element(const char* op, const char* name, ScalarType dtype);
 ScalarType scale_scalar_type(ScaleDtype dtype);
 // The dtype of the tensor beside the scales; only called when there is one.
 ScalarType zeros_scalar_type(const Desc& desc);
-std::vector<int64_t> scales_shape(const CanonicalShape& shape);
+Shape scales_shape(const CanonicalShape& shape);
 
 void check_place(const char* op, const char* name, const Tensor& tensor, const Place& place);
 void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype);
-void check_shape(const char* op, const char* name, const Tensor& tensor,
-                 const std::vector<int64_t>& shape);
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Shape& shape);
 // All of the above, and contiguous: tensors that are read as bytes.
 void check_plain(const char* op, const char* name, const Tensor& tensor, const Place& place,
-                 ScalarType dtype, const std::vector<int64_t>& shape);
+                 ScalarType dtype, const Shape& shape);
 
 // Uninitialised and contiguous. The C call costs half of torch::stable::new_empty.
-Tensor empty_on(const Place& place, const std::vector<int64_t>& shape, ScalarType dtype);
+Tensor empty_on(const Place& place, const Shape& shape, ScalarType dtype);
 
 // A tensor of shape [..., K] as a matrix of M rows: pointer, row stride, M. A copy is made (and kept) only when the
 // leading dimensions cannot be walked with one stride.
@@ -65,7 +86,7 @@ struct Rows {
 Rows rows_of(const char* op, const char* name, const Tensor& tensor, const Place& place);
 
 // The shape of `tensor` with its last dimension replaced.
-std::vector<int64_t> with_last(const Tensor& tensor, int64_t last);
+Shape with_last(const Tensor& tensor, int64_t last);
 
 template <class T>
 T* data_of(const Tensor& tensor) {

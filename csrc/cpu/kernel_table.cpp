@@ -8,72 +8,72 @@ namespace lowbit {
 namespace {
 
 // Vector kernels walk blocks of 32 k, which no group may straddle.
-std::string refuse_short_blocks(const CpuTile16& tile) {
-  if (tile.kb == 32) return {};
-  return concat("group_size=", tile.shape.group_size, " is not a multiple of 32");
+bool refuse_short_blocks(const CpuTile16& tile, const Why& why) {
+  return tile.kb != 32 && why("group_size=", tile.shape.group_size, " is not a multiple of 32");
 }
 
-std::string refuse_panel(const Problem&, const CpuTile16& tile, const IsaKernels&) {
-  return refuse_short_blocks(tile);
+bool refuse_panel(const Problem&, const CpuTile16& tile, const IsaKernels&, const Why& why) {
+  return refuse_short_blocks(tile, why);
 }
 
 // With few rows, fp32 from registers beats decoding to a panel: measured crossover between M = 8 and M = 16 (Zen 4,
 // 4096 x 4096, int4 group 128).
 constexpr int64_t kBf16Rows = 9;
 
-std::string refuse_panel_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
-  if (isa.gemm_panel_bf16 == nullptr) return concat("not built for ", isa.isa);
-  if (p.x != Element::kBFloat16) return "activations are not bf16";
-  if (p.desc.format == Format::kNf4) return "nf4's levels are not exact in bf16";
-  if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset) {
-    return concat("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
-  }
-  return refuse_short_blocks(tile);
+bool refuse_panel_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
+                       const Why& why) {
+  if (isa.gemm_panel_bf16 == nullptr) return why("not built for ", isa.isa);
+  if (p.x != Element::kBFloat16) return why("activations are not bf16");
+  if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
+  if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset)
+    return why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
+  return refuse_short_blocks(tile, why);
 }
 
-std::string refuse_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
-  if (isa.gemm_stream == nullptr) return concat("not built for ", isa.isa);
+bool refuse_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& isa, const Why& why) {
+  if (isa.gemm_stream == nullptr) return why("not built for ", isa.isa);
   if ((p.flags & kBatchInvariant) != 0)
-    return "its order of additions depends on M; batch_invariant is set";
-  if (p.M >= kBf16Rows && refuse_panel_bf16(p, tile, isa).empty())
-    return concat("M=", p.M, ": bf16 dot products are faster from M=", kBf16Rows);
+    return why("its order of additions depends on M; batch_invariant is set");
+  if (p.M >= kBf16Rows && !refuse_panel_bf16(p, tile, isa, Why()))
+    return why("M=", p.M, ": bf16 dot products are faster from M=", kBf16Rows);
   if (p.M > isa.stream_rows)
-    return concat("M=", p.M, " exceeds its ", isa.stream_rows, " rows, two passes over a strip");
-  return refuse_short_blocks(tile);
+    return why("M=", p.M, " exceeds its ", isa.stream_rows, " rows, two passes over a strip");
+  return refuse_short_blocks(tile, why);
 }
 
-std::string refuse_integer_dot(const Problem& p) {
-  if (p.x != Element::kInt8) return "activations are not int8";
-  if (p.grouped_x) return "activation scales are per group of K, not per token";
-  if (!format_info(p.desc.format).is_integer)
-    return concat(format_info(p.desc.format).name, " weights are not integers");
-  return {};
+bool refuse_integer_dot(const Problem& p, const Why& why) {
+  if (p.x != Element::kInt8) return why("activations are not int8");
+  if (p.grouped_x) return why("activation scales are per group of K, not per token");
+  const FormatInfo& info = format_info(p.desc.format);
+  return !info.is_integer && why(info.name, " weights are not integers");
 }
 
-std::string refuse_dot(const Problem& p, const CpuTile16& tile, const IsaKernels&) {
-  const std::string reason = refuse_integer_dot(p);
-  return reason.empty() ? refuse_short_blocks(tile) : reason;
+bool refuse_dot(const Problem& p, const CpuTile16& tile, const IsaKernels&, const Why& why) {
+  return refuse_integer_dot(p, why) || refuse_short_blocks(tile, why);
 }
 
 // Integer problems stay in integers, also on the general kernel: their sums are exact.
-std::string refuse_general_dot(const Problem& p, const CpuTile16&, const IsaKernels&) {
-  return refuse_integer_dot(p);
+bool refuse_general_dot(const Problem& p, const CpuTile16&, const IsaKernels&, const Why& why) {
+  return refuse_integer_dot(p, why);
 }
 
-std::string refuse_integers(const Problem& p, std::string otherwise) {
-  return p.op == Op::kGemmA8 && refuse_integer_dot(p).empty()
-             ? "int8 activations and integer weights are summed in int32"
-             : otherwise;
+bool refuse_integers(const Problem& p, const Why& why) {
+  return p.op == Op::kGemmA8 && !refuse_integer_dot(p, Why()) &&
+         why("int8 activations and integer weights are summed in int32");
 }
 
-std::string refuse_a8_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
-  return refuse_integers(p, refuse_stream(p, tile, isa));
+bool refuse_a8_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
+                      const Why& why) {
+  return refuse_integers(p, why) || refuse_stream(p, tile, isa, why);
 }
-std::string refuse_a8_panel(const Problem& p, const CpuTile16& tile, const IsaKernels& isa) {
-  return refuse_integers(p, refuse_panel(p, tile, isa));
+bool refuse_a8_panel(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
+                     const Why& why) {
+  return refuse_integers(p, why) || refuse_panel(p, tile, isa, why);
 }
 
-std::string refuse_nothing(const Problem&, const CpuTile16&, const IsaKernels&) { return {}; }
+bool refuse_nothing(const Problem&, const CpuTile16&, const IsaKernels&, const Why&) {
+  return false;
+}
 
 void run_stream(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
   isa.gemm_stream(job, begin, end);
@@ -156,7 +156,7 @@ const KernelRow& select_kernel(const Problem& problem, const CpuTile16& tile,
   const KernelRow* last = nullptr;
   for (const KernelRow& row : kernel_table()) {
     if (row.op != problem.op) continue;
-    if (row.refuse(problem, tile, isa).empty()) return row;
+    if (!row.refuse(problem, tile, isa, Why())) return row;
     last = &row;
   }
   return *last;
@@ -181,7 +181,8 @@ std::vector<Verdict> explain_cpu(const Problem& problem, const std::string& devi
   bool found = false;
   for (const KernelRow& row : kernel_table()) {
     if (row.op != problem.op) continue;
-    std::string reason = row.refuse(problem, tile, isa);
+    std::string reason;
+    row.refuse(problem, tile, isa, Why(&reason));
     if (reason.empty() && found) reason = "slower than the chosen one";
     found = found || reason.empty();
     verdicts.push_back(

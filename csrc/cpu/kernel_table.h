@@ -20,8 +20,10 @@ struct KernelRow {
   bool general;       // takes everything; LOWBIT_STRICT=1 refuses to run it
   const char* takes;  // one line for people
   XForm x;            // how the rows of x are prepared for it
-  // Empty when the kernel can run the problem on that ISA, else why not.
-  std::string (*refuse)(const Problem& problem, const CpuTile16& tile, const IsaKernels& isa);
+  // Whether the kernel cannot run the problem on that ISA, and why. Asked on every call, so it makes no string unless
+  // `why` has a place for one.
+  bool (*refuse)(const Problem& problem, const CpuTile16& tile, const IsaKernels& isa,
+                 const Why& why);
   void (*gemm)(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end);
   void (*grad)(const IsaKernels& isa, const GradJob& job, int64_t begin, int64_t end);
 };
