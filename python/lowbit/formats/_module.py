@@ -57,6 +57,13 @@ class Module:
             raise self.fail(f"has {', '.join(sorted(self.names))[:200]}, but no {leaf}")
         return self.source.tensors[self.names[leaf]]
 
+    def scaled_weight(self, dtypes: Collection[torch.dtype], *scales: str) -> str | None:
+        """Which `weight` of one of the dtypes stands beside which of `scales`, in words; None where none does."""
+        scale = next((leaf for leaf in scales if leaf in self), None)
+        if scale is None or "weight" not in self or self.info("weight").dtype not in dtypes:
+            return None
+        return f"{self.path} has weight {describe(self.info('weight'))} and {scale} {describe(self.info(scale))}"
+
     def check(self, leaf: str, dtypes: Collection[torch.dtype], *shapes: tuple[int, ...] | None) -> TensorInfo:
         """Dtype and shape of a tensor, which must have one of `dtypes` and one of `shapes` (None: any with 2 dims)."""
         info = self.info(leaf)

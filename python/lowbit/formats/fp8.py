@@ -16,7 +16,7 @@ from lowbit.errors import ArtifactError
 from lowbit.formats._float8 import FP8, check_float8, read_float8
 from lowbit.formats._format import Format
 from lowbit.formats._inputs import Inputs
-from lowbit.formats._module import Module, describe, modules
+from lowbit.formats._module import Module, modules
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings, agreed
 from lowbit.formats._source import Source
@@ -32,12 +32,8 @@ def _by_config(settings: Settings) -> str | None:
 
 
 def _by_tensors(source: Source) -> str | None:
-    for module in modules(source, *_SCALES):
-        if "weight" in module and module.info("weight").dtype in FP8:
-            scale = next(leaf for leaf in _SCALES if leaf in module)
-            about = f"weight {describe(module.info('weight'))} and {scale} {describe(module.info(scale))}"
-            return f"{module.path} has {about}"
-    return None
+    found = (module.scaled_weight(FP8, *_SCALES) for module in modules(source, *_SCALES))
+    return next(filter(None, found), None)
 
 
 def _plan(source: Source, settings: list[Settings]) -> Plan:

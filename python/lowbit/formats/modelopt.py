@@ -52,11 +52,9 @@ def _by_config(settings: Settings) -> str | None:
 
 
 def _by_tensors(source: Source) -> str | None:
-    for module in modules(source, "weight_scale"):
-        if "weight" in module and module.info("weight").dtype in (torch.uint8, torch.int8, *FP8):
-            weight, scale = module.info("weight"), module.info("weight_scale")
-            return f"{module.path} has weight {describe(weight)} and weight_scale {describe(scale)}"
-    return None
+    dtypes = (torch.uint8, torch.int8, *FP8)
+    found = (module.scaled_weight(dtypes, "weight_scale") for module in modules(source, "weight_scale"))
+    return next(filter(None, found), None)
 
 
 def _plan(source: Source, settings: list[Settings]) -> Plan:
