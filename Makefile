@@ -30,12 +30,13 @@ DEFINES := $(if $(filter off,$(CUDA)),-Ccmake.define.LOWBIT_CUDA=OFF,-Ccmake.def
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format mutants bench build wheel clean FORCE
+.PHONY: help demo test test-all oracles lint format mutants bench build wheel clean FORCE
 
 help:
 	@echo "make demo      quantize a real text encoder and run it: size, speed and accuracy"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests, the slow ones included"
+	@echo "make oracles   what other libraries write and read, recorded again: tests/data/checkpoints"
 	@echo "make bench     the benchmarks"
 	@echo "make mutants   whether the tests would notice a missing barrier or bounds check in a CUDA kernel"
 	@echo "make lint      ruff, mypy and clang-format;  make format applies what can be applied"
@@ -53,6 +54,17 @@ test: build $(STAMPS)/demo
 
 test-all: build $(STAMPS)/demo
 	$(BIN)/python -m pytest $(ARGS)
+
+# The libraries whose checkpoints are read and written run again, in an environment of their own: what they pack and decode
+# is recorded in tests/data/checkpoints, where a change shows up as a difference to what is committed.
+ORACLES := $(VENV)/oracles
+oracles: build $(STAMPS)/oracles
+	CT_OLD=$(abspath $(ORACLES))/ct-old MODELOPT=$(abspath $(ORACLES))/modelopt \
+	  $(SHELL) -c 'for step in pack decode; do $(ORACLES)/bin/python tests/data/checkpoints/make.py $$step || exit 1; done'
+	$(ORACLES)/bin/python tests/data/checkpoints/make_written.py
+	CT_OLD=$(abspath $(ORACLES))/ct-old MODELOPT=$(abspath $(ORACLES))/modelopt \
+	  $(ORACLES)/bin/python -m pytest -m oracle tests/test_oracle_*.py $(ARGS)
+	@git diff --stat -- tests/data || true
 
 bench: build $(STAMPS)/bench
 	$(BIN)/python -m pytest bench $(ARGS)
@@ -122,6 +134,17 @@ $(STAMPS)/dev: $(STAMPS)/package
 
 $(STAMPS)/bench: $(STAMPS)/package
 	$(PIP) install "lowbit[bench]"
+	@touch $@
+
+# Beside the environment of the tests, whose packages it sees.
+$(STAMPS)/oracles: $(STAMPS)/package tests/requirements-oracles.txt
+	$(PYTHON) -m venv $(ORACLES)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > "$$($(ORACLES)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tests.pth"
+	$(ORACLES)/bin/python -m pip install transformers==5.23.0 gguf==0.19.0 pydantic loguru einops termcolor
+	$(ORACLES)/bin/python -m pip install --no-deps -r tests/requirements-oracles.txt
+	$(ORACLES)/bin/python -m pip install --no-deps --target $(ORACLES)/ct-old compressed-tensors==0.13.0
+	$(ORACLES)/bin/python -m pip install --no-deps --target $(ORACLES)/modelopt nvidia-modelopt==0.47.0
 	@touch $@
 
 $(STAMPS)/demo: $(STAMPS)/venv examples/requirements-demo.txt

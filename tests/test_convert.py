@@ -326,7 +326,7 @@ def test_importance_is_used_and_checked() -> None:
     assert first_column_error({"layers.0.up": column}) < first_column_error({})
     for importance, message in (
         ({"layers.0.up": torch.ones(3)}, r"layers\.0\.up: importance must be \[K=64\]"),
-        ({"lm_head": torch.ones(64)}, "importance names lm_head, which will not be quantized"),
+        ({"layers.9.up": torch.ones(64)}, "importance names layers.9.up, which are not linear layers of the model"),
     ):
         model = Model()
         with pytest.raises(ValueError, match=message):

@@ -20,9 +20,12 @@ from lowbit import _cuda as _cuda
 from lowbit import formats, ops
 from lowbit._locations import cmake_dir, library_paths
 from lowbit._selection import can_implement, explain
+from lowbit.comparison import compare_checkpoints
+from lowbit.conversion import convert_checkpoint
 from lowbit.convert import quantize_
 from lowbit.errors import ArtifactError, FormatError
 from lowbit.formats import load_checkpoint, load_gguf
+from lowbit.importance import collect_importance, load_importance, save_importance
 from lowbit.linear import QuantizedLinear
 from lowbit.scheme import Scheme
 from lowbit.serialize import load_quantized, save_quantized
@@ -37,14 +40,19 @@ __all__ = [
     "__version__",
     "can_implement",
     "cmake_dir",
+    "collect_importance",
+    "compare_checkpoints",
+    "convert_checkpoint",
     "explain",
     "formats",
     "library_paths",
     "load_checkpoint",
     "load_gguf",
+    "load_importance",
     "load_quantized",
     "ops",
     "quantize_",
+    "save_importance",
     "save_quantized",
 ]
 

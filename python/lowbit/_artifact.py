@@ -44,6 +44,7 @@ __all__ = [
     "read_manifest",
     "read_tensors",
     "tensor_item",
+    "verify_file",
     "write_artifact",
 ]
 
@@ -454,3 +455,27 @@ def read_tensors(manifest: Manifest, advance: Advance | None = None) -> dict[str
         if advance is not None:
             advance(file, size)
     return found
+
+
+def verify_file(manifest: Manifest, shard: str, advance: Advance) -> None:
+    """Compare one shard with the manifest, in little memory: header, then hash.
+
+    Raises:
+        ArtifactError: it was altered.
+        FormatError: it is not a well-formed safetensors file.
+    """
+    path = manifest.directory / shard
+    _, sha256 = manifest.files[shard]
+    with _safetensors.SafetensorsFile(path) as file:
+        found = {tensor: (info.dtype_name, info.shape) for tensor, info in file.tensors.items()}
+    wanted = {tensor: entry[1:3] for tensor, entry in manifest.tensors.items() if entry[0] == shard}
+    if found != wanted:
+        different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise ArtifactError(f"{path}: tensor {different[0][:200]!r} is not what {MANIFEST} says")
+    digest = hashlib.sha256()
+    with _safetensors._open_regular(path) as raw:
+        while part := raw.read(1 << 22):
+            digest.update(part)
+            advance(shard, len(part))
+    if digest.hexdigest() != sha256:
+        raise ArtifactError(f"{path}: corrupted: sha256 is {digest.hexdigest()}, {MANIFEST} says {sha256}")

@@ -13,12 +13,12 @@ import traceback
 from collections.abc import Sequence
 
 import lowbit
-from lowbit.commands import bench, info, inspect, quantize
+from lowbit.commands import bench, compare, convert, info, inspect, quantize
 from lowbit.commands._output import clean
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (info, quantize, inspect, bench)
+_COMMANDS = (info, quantize, convert, inspect, compare, bench)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowbit._canonical import check_dense, check_importance
 from lowbit._progress import progress_bar
+from lowbit.integrations import announce
 from lowbit.linear import QuantizedLinear
 from lowbit.report import LayerReport, QuantizeReport, SkippedParameter
 from lowbit.scheme import Scheme
@@ -62,7 +63,8 @@ def quantize_(
         strict: raise if a Parameter of 1 MB or more would be left unquantized without an override or filter_fn
             having asked for it.
         progress: show a progress bar; by default on a terminal, when the work is long.
-        importance: layer name -> [K], the weight of each column's squared error in the search for scales.
+        importance: layer name -> [K], the weight of each column's squared error in the search for scales, as
+            `collect_importance` measures it; layers that are not quantized may be among them.
 
     Returns:
         A report: per layer the format, bytes before and after, and error; and what was not quantized, with reasons.
@@ -85,6 +87,7 @@ def quantize_(
         _refuse_surprises(skipped)
     before = _nbytes(model)
     reports = _convert_all(model, plan, modules, columns, progress)
+    announce(model)
     return QuantizeReport(tuple(reports), tuple(skipped), before, _nbytes(model))
 
 
@@ -185,8 +188,8 @@ def _output_layers(model: nn.Module) -> set[int]:
 
 def _check(plan: _Plan, modules: Mapping[str, nn.Module], importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every layer against its scheme, before any is touched; returns importance by layer, checked."""
-    if unknown := sorted(importance.keys() - plan.schemes.keys()):
-        raise ValueError(f"importance names {', '.join(unknown[:5])}, which will not be quantized")
+    if unknown := sorted(name for name in importance if not isinstance(modules.get(name), nn.Linear | QuantizedLinear)):
+        raise ValueError(f"importance names {', '.join(unknown[:5])}, which are not linear layers of the model")
     columns = {}
     for name, scheme in plan.schemes.items():
         linear = _linear(modules[name])

@@ -11,8 +11,13 @@ from pathlib import Path
 
 from lowbit import _artifact
 from lowbit.errors import ArtifactError
+from lowbit.formats._source import is_weight_file
 
-__all__ = ["check_target", "copy_files", "staged"]
+__all__ = ["check_target", "copy_files", "side_files", "staged"]
+
+# Beside a model there may be anything; these are what a model needs to be used.
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".md", ".py")
+_SIDE_NAMES = ("license", "notice", "use_policy", "readme")
 
 
 def check_target(out: Path, source: Path, force: bool) -> None:
@@ -94,3 +99,27 @@ def copy_files(source: Path, names: list[str], target: Path) -> None:
         shutil.copyfile(source / name, target / name)
         with open(target / name, "rb") as file:
             os.fsync(file.fileno())
+
+
+def side_files(root: Path, out: Path) -> tuple[list[str], list[str]]:
+    """What is copied, and what is not but might be missed. An artifact made inside the model's folder is no part of it."""
+    copied: list[str] = []
+    left: list[str] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [
+            f for f in sorted(folders)
+            if f[0] != "." and not Path(folder, f, _artifact.MANIFEST).exists() and not _same_folder(out, Path(folder, f))
+        ]  # fmt: skip
+        for name in sorted(files):
+            path = Path(folder, name)
+            relative = str(path.relative_to(root))
+            if name[0] == "." or not path.is_file() or (is_weight_file(name) and Path(folder) == root):
+                continue
+            wanted = name.lower().endswith(_SIDE_SUFFIXES) or name.lower().startswith(_SIDE_NAMES)
+            (copied if wanted and not is_weight_file(name) else left).append(relative)
+    return copied, left
+
+
+def _same_folder(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one folder."""
+    return os.path.realpath(a) == os.path.realpath(b)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lowbit import _artifact, _safetensors
-from lowbit._artifact import Manifest
-from lowbit._progress import Advance, progress_bar
+from lowbit._progress import progress_bar
 from lowbit._safetensors import SafetensorsFile, TensorInfo, dtype_name
 from lowbit.commands import _output
 from lowbit.errors import ArtifactError
@@ -35,8 +33,6 @@ examples:
   lowbit inspect Llama-3.1-8B-GPTQ
   lowbit inspect model-00001-of-00004.safetensors --json
 """
-_CHUNK = 1 << 22
-
 Tensors = list[dict[str, Any]]
 
 
@@ -86,7 +82,7 @@ def _inspect_artifact(root: Path, verify: bool) -> dict[str, Any]:
     if verify:
         with progress_bar("verifying", sum(size for size, _ in manifest.files.values()), None) as advance:
             for file in manifest.files:
-                _verify_file(manifest, file, advance)
+                _artifact.verify_file(manifest, file, advance)
     tensors: Tensors = [
         {"name": name, "dtype": dtype, "shape": list(shape), "kind": kind, "file": file, "bytes": _nbytes(dtype, shape)}
         for name, (file, dtype, shape, kind) in manifest.tensors.items()
@@ -118,25 +114,6 @@ def _layer(name: str, scheme: Scheme, shape: Iterable[int], has_perm: bool, stor
     N, K = shape
     about = {"name": name, "scheme": str(scheme), "shape": [N, K], "perm": has_perm, "bytes": stored}
     return {**about, "bits_per_weight": stored * 8 / (N * K)}
-
-
-def _verify_file(manifest: Manifest, shard: str, advance: Advance) -> None:
-    """One shard against the manifest, in little memory: header, then hash."""
-    path = manifest.directory / shard
-    _, sha256 = manifest.files[shard]
-    with SafetensorsFile(path) as file:
-        found = {tensor: (info.dtype_name, info.shape) for tensor, info in file.tensors.items()}
-    wanted = {tensor: entry[1:3] for tensor, entry in manifest.tensors.items() if entry[0] == shard}
-    if found != wanted:
-        different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-        raise ArtifactError(f"{path}: tensor {different[0][:200]!r} is not what {_artifact.MANIFEST} says")
-    digest = hashlib.sha256()
-    with _safetensors._open_regular(path) as raw:
-        while part := raw.read(_CHUNK):
-            digest.update(part)
-            advance(shard, len(part))
-    if digest.hexdigest() != sha256:
-        raise ArtifactError(f"{path}: corrupted: sha256 is {digest.hexdigest()}, {_artifact.MANIFEST} says {sha256}")
 
 
 # -- other files -------------------------------------------------------------------------------------------------------------

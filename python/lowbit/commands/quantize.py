@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,8 @@ from lowbit._progress import Advance, progress_bar
 from lowbit.commands import _output, _staging
 from lowbit.commands._plan import Override, Plan, make_plan
 from lowbit.errors import ArtifactError
-from lowbit.formats._source import Source, is_weight_file, open_source, read_json
+from lowbit.formats._source import Source, open_source, read_json
+from lowbit.importance import check_columns, load_importance
 from lowbit.report import LayerReport, QuantizeReport
 from lowbit.scheme import PRESETS, Scheme
 from lowbit.weight import QuantizedWeight
@@ -39,9 +39,6 @@ examples:
 
 schemes: any string such as the following (see docs/python.md for all)
 """
-# Beside a model there may be anything; these are what a model needs to be used.
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".md", ".py")
-_SIDE_NAMES = ("license", "notice", "use_policy", "readme")
 
 
 def add_parser(commands: Any) -> None:
@@ -80,6 +77,9 @@ def add_parser(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="search the scale of least squared error, or round to nearest; by default as each scheme says",
+    )
+    parser.add_argument(
+        "--importance", metavar="FILE", type=Path, help="weights of columns, as lowbit.save_importance writes them"
     )
     parser.add_argument(
         "--strict", action="store_true", help="fail if a tensor of 1 MB or more would be kept that no override names"
@@ -126,13 +126,15 @@ def run(args: argparse.Namespace) -> int:
         raise ArtifactError(f"{args.model}: not a folder")
     _staging.check_target(args.out, args.model, args.force)
     scheme, overrides = _with_search(args.scheme, args.overrides, args.search)
+    importance = {} if args.importance is None else load_importance(args.importance)
     with open_source(args.model) as checkpoint:
         plan = make_plan(checkpoint.tensors, scheme, overrides, read_json(args.model / "config.json"), args.strict)
-        copied, left = _side_files(args.model, args.out)
+        check_columns(importance, checkpoint.tensors, plan.schemes)
+        copied, left = _staging.side_files(args.model, args.out)
         total = sum(info.nbytes for info in checkpoint.tensors.values())
         with _staging.staged(args.out) as folder:
             with progress_bar("quantizing", total, False if args.quiet else None) as advance:
-                work = _Work(checkpoint, plan, advance)
+                work = _Work(checkpoint, plan, advance, importance)
                 sha256 = _artifact.write_artifact(
                     folder, work.items(), work.layers, max_shard_bytes=args.max_shard_bytes
                 )
@@ -156,35 +158,14 @@ def _with_search(scheme: Scheme, overrides: list[Override], search: bool | None)
     return dataclasses.replace(scheme, search=search), changed
 
 
-def _side_files(root: Path, out: Path) -> tuple[list[str], list[str]]:
-    """What is copied, and what is not but might be missed. An artifact made inside the model's folder is no part of it."""
-    copied: list[str] = []
-    left: list[str] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [
-            f for f in sorted(folders)
-            if f[0] != "." and not Path(folder, f, _artifact.MANIFEST).exists() and not _same_folder(out, Path(folder, f))
-        ]  # fmt: skip
-        for name in sorted(files):
-            path = Path(folder, name)
-            relative = str(path.relative_to(root))
-            if name[0] == "." or not path.is_file() or (is_weight_file(name) and Path(folder) == root):
-                continue
-            wanted = name.lower().endswith(_SIDE_SUFFIXES) or name.lower().startswith(_SIDE_NAMES)
-            (copied if wanted and not is_weight_file(name) else left).append(relative)
-    return copied, left
-
-
-def _same_folder(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one folder."""
-    return os.path.realpath(a) == os.path.realpath(b)
-
-
 class _Work:
     """The items to write, in the checkpoint's order; each reads and quantizes its tensor when its turn comes."""
 
-    def __init__(self, checkpoint: Source, plan: Plan, advance: Advance) -> None:
+    def __init__(
+        self, checkpoint: Source, plan: Plan, advance: Advance, importance: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._checkpoint, self._plan, self._advance = checkpoint, plan, advance
+        self._importance = importance or {}
         self._rows: dict[str, LayerReport] = {}
         self.layers = {
             module: Layer(scheme, (N, K))
@@ -213,7 +194,7 @@ class _Work:
         layer = self.layers[module]
         dense = self._checkpoint.read(f"{module}.weight")
         try:
-            weight = QuantizedWeight.quantize(dense, layer.scheme)
+            weight = QuantizedWeight.quantize(dense, layer.scheme, self._importance.get(module))
         except ValueError as error:
             raise ValueError(f"{module}: {error}") from None
         lost = convert._relative_error(dense, weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["hugging_face_name"]
+__all__ = ["FAMILIES", "gguf_name", "hugging_face_name"]
 
 _GLOBAL: Final = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK: Final = {
@@ -32,7 +32,7 @@ _QWEN_EXPERTS: Final = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 # Mistral models are of architecture "llama", Mixtral too.
-_FAMILIES: Final = {
+FAMILIES: Final = {
     "llama": {
         **_BLOCK,
         "ffn_gate_inp": "block_sparse_moe.gate",
@@ -58,7 +58,7 @@ def hugging_face_name(architecture: str, base: str) -> str | None:
         >>> hugging_face_name("llama", "blk.3.ffn_up")
         'model.layers.3.mlp.up_proj'
     """
-    family = _FAMILIES.get(architecture)
+    family = FAMILIES.get(architecture)
     if family is None:
         return None
     if base in _GLOBAL:
@@ -72,3 +72,16 @@ def hugging_face_name(architecture: str, base: str) -> str | None:
     if found is None:
         return None
     return f"model.layers.{block}." + (found if expert is None else found.format(expert))
+
+
+def gguf_name(architecture: str, module: str) -> str | None:
+    """The inverse for what is not an expert: "model.layers.3.mlp.up_proj" -> "blk.3.ffn_up", None where it is not known."""
+    for base, name in _GLOBAL.items():
+        if module == name:
+            return base
+    match = re.fullmatch(r"model\.layers\.([0-9]{1,6})\.(.+)", module)
+    if match is None:
+        return None
+    block, part = match.groups()
+    found = {name: base for base, name in FAMILIES.get(architecture, {}).items()}.get(part)
+    return None if found is None else f"blk.{block}.{found}"
