@@ -8,6 +8,8 @@
 Importing it registers `torch.ops.lowbit.*`. It does not initialise CUDA, download or compile anything.
 """
 
+import typing as _typing
+
 try:
     import torch as _torch  # noqa: F401 - the compiled part needs its libraries loaded
 except ModuleNotFoundError as _error:
@@ -26,6 +28,7 @@ from lowbit.convert import quantize_
 from lowbit.errors import ArtifactError, FormatError
 from lowbit.formats import load_checkpoint, load_gguf
 from lowbit.importance import collect_importance, load_importance, save_importance
+from lowbit.integrations import _imports as _imports
 from lowbit.linear import QuantizedLinear
 from lowbit.scheme import Scheme
 from lowbit.serialize import load_quantized, save_quantized
@@ -57,3 +60,16 @@ __all__ = [
 ]
 
 __version__: str = _C.build_info()["version"]
+
+if _typing.TYPE_CHECKING:
+    from lowbit.integrations.transformers import LowbitConfig as LowbitConfig
+
+_imports.install()
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name == "LowbitConfig":  # imports transformers
+        from lowbit.integrations.transformers import LowbitConfig
+
+        return LowbitConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

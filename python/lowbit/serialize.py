@@ -17,6 +17,7 @@ from lowbit._progress import progress_bar
 from lowbit._safetensors import dtype_name
 from lowbit.convert import replace_module
 from lowbit.errors import ArtifactError
+from lowbit.integrations import announce
 from lowbit.linear import QuantizedLinear
 from lowbit.weight import QuantizedWeight
 
@@ -179,6 +180,7 @@ def load_quantized(
             module._parameters[name] = value
         else:
             module._buffers[name] = value
+    announce(model)
     return model
 
 

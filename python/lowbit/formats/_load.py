@@ -15,6 +15,7 @@ from lowbit.convert import replace_module
 from lowbit.errors import ArtifactError
 from lowbit.formats._record import KV_SCALES, Plan
 from lowbit.formats._registry import open_plan
+from lowbit.integrations import announce
 from lowbit.linear import QuantizedLinear
 from lowbit.report import format_bytes, format_table
 from lowbit.serialize import _parameters_on_meta
@@ -145,6 +146,7 @@ def load_checkpoint(
             return contents.report(why, {}, [], None)
         fit.check_biases(contents.made)
         fit.attach(contents.made)  # nothing below can fail
+        announce(fit.model)
         return contents.report(why, fit.unused, fit.missing, fit.model)
 
 

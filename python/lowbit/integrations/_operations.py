@@ -1,0 +1,123 @@
+"""Operations in the language of Transformers' weight loading (core_model_loading), imported when a model is loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from transformers import core_model_loading as _core
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from lowbit.integrations._layers import _TAKEN, Checkpoint, Dense
+
+__all__ = ["Names", "Quantize", "converter", "is_ours"]
+
+# One pattern, which no name of a tensor matches: which tensors are meant is looked up in a dict.
+_PATTERN: Final = "lowbit-layer"
+
+
+class Quantize(_core.ConversionOps):
+    """A dense weight to a quantized layer, in place of the nn.Linear in the model."""
+
+    def __init__(self, work: Dense) -> None:
+        self.work = work
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Name -> tensor (or a list of one), and back."""
+        found: dict[str, Any] = {}
+        missing = kwargs.get("missing_keys")
+        for name, value in input_dict.items():
+            if name not in self.work.names:
+                found[name] = value
+                continue
+            if missing is not None:
+                missing.discard(name)
+            if self.work.failure is None:
+                try:
+                    found |= self.work.quantized(name, value[0] if isinstance(value, list) else value)
+                except Exception as error:
+                    self.work.failure = error
+        return found
+
+
+class _Read(_core.ConversionOps):
+    """A layer of a quantized checkpoint, when the turn of one of its tensors has come."""
+
+    def __init__(self, work: Checkpoint) -> None:
+        self.work = work
+
+    def __deepcopy__(self, memo: Any) -> _Read:
+        return self  # Transformers copies a converter for every parameter; the files are open once
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Ignores the tensors: the format's reader takes them from the file."""
+        if self.work.failure is not None:
+            return {}
+        try:
+            return dict(self.work.layer(kwargs["full_layer_name"], kwargs.get("missing_keys")))
+        except Exception as error:
+            self.work.failure = error
+            return {}
+
+
+class _LayerConverter(_core.WeightConverter):
+    """A WeightConverter that looks names up instead of matching patterns.
+
+    A model has thousands of tensors, and what belongs to a layer is known; a tensor that no parameter waits for gets a name
+    that Transformers has been told to ignore, so that it is not read.
+    """
+
+    __slots__ = ()
+    routes: Mapping[str, str | None] = {}
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The parameter that a tensor belongs to."""
+        if source_key not in self.routes:
+            return source_key, None
+        key = self.routes[source_key]
+        return (_TAKEN + source_key, None) if key is None else (key, _PATTERN)
+
+
+def converter(work: Checkpoint, routes: Mapping[str, str | None]) -> Any:
+    """What makes Transformers ask for each layer: a class of its own, since instances are copied for each parameter."""
+    made = type("LayerConverter", (_LayerConverter,), {"__slots__": (), "routes": routes})
+    return made(source_patterns=[_PATTERN], target_patterns=[_PATTERN], operations=[_Read(work)])
+
+
+def is_ours(conversion: Any) -> bool:
+    """Whether it is one that `converter` made."""
+    return isinstance(conversion, _LayerConverter)
+
+
+class Names:
+    """What Transformers makes of a checkpoint's names.
+
+    Args:
+        model: on the meta device.
+        known: its conversions, or None to ask Transformers for them.
+    """
+
+    def __init__(self, model: Any, known: Sequence[Any] | None) -> None:
+        # Copies: a renaming remembers that it was used, and is then reverted when the model is saved.
+        found = copy.deepcopy(list(get_model_conversion_mapping(model) if known is None else known))
+        self._renamings = [entry for entry in found if isinstance(entry, _core.WeightRenaming)]
+        self._converters = [entry for entry in found if isinstance(entry, _core.WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._state = model.state_dict()
+
+    def renamed(self, name: str) -> str:
+        """A tensor's name when converters see it."""
+        return str(_core.rename_source_key(name, self._renamings, [])[0])
+
+    def final(self, name: str) -> str:
+        """The parameter that a tensor of this name belongs to."""
+        return str(_core.rename_source_key(name, self._renamings, [], self._prefix, self._state)[0])
+
+    def changed_by(self, name: str) -> str | None:
+        """The operations that Transformers puts a tensor through, or None where it is loaded as it is."""
+        renamed = self.renamed(name)
+        for entry in self._converters:
+            if entry.rename_source_key(renamed)[1] is not None:
+                return ", ".join(type(operation).__name__ for operation in entry.operations)
+        return None
