@@ -91,3 +91,41 @@ def test_transformers_loads_gguf(tmp_path: Path, llama: Path, scheme: str) -> No
     convert_checkpoint(llama, tmp_path / "model.gguf", "gguf", scheme=scheme)
     found = _logits(tmp_path, gguf_file="model.gguf")
     torch.testing.assert_close(found, _wanted(llama, tmp_path / "model.gguf"), rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_loads_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
+    """Byte-level BPE: the same ids for the same text."""
+    _need("transformers", "gguf", "tokenizers")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    from lowbit.formats._gguf_tokenizer import _LETTERS, _REST
+
+    tokenizer = Tokenizer(models.BPE())
+    steps = [
+        pre_tokenizers.Split(Regex(_LETTERS + r"\p{N}" + _REST), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    text = [path.read_text() for path in Path(__file__).parent.glob("test_writers*.py")]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(text, trainer)
+    config = Qwen2Config(
+        hidden_size=64,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        vocab_size=400,
+        max_position_embeddings=64,
+        eos_token_id=0,
+    )
+    folder = tmp_path / "qwen"
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    report = convert_checkpoint(folder, tmp_path / "qwen.gguf", "gguf", scheme="int8-g32")
+    assert not any("tokenizer" in note for note in report.notes)
+    found = AutoTokenizer.from_pretrained(tmp_path, gguf_file="qwen.gguf")
+    for line in ("def test_it(): return 42  # å, ü", "  two\n\nlines's", "weights = torch.randn(64, 256)"):
+        assert found(line)["input_ids"] == tokenizer.encode(line).ids

@@ -29,7 +29,6 @@ __all__ = ["Choice", "open_artifact", "open_contents", "open_dense", "source_kin
 
 #: What a config says of how the source is quantized, and what is therefore not part of the model's own config.
 _QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config", "quantization")
-_PARTS: Final = ("packed", "scales", "zeros", "offsets", "perm")
 _INPUTS: Final = ("bias", "input_scale", "input_zero", "input_pre_scale")
 
 
@@ -162,11 +161,12 @@ def _artifact_contents(root: Path, advance: Advance, verify: bool) -> Iterator[C
             return files[manifest.tensors[name][0]].read(name)
 
         layers = {name: _artifact_layer(manifest, name, read) for name in manifest.layers}
-        taken = {f"{name}.{leaf}" for name in layers for leaf in (*_INPUTS, *(f"weight_{part}" for part in _PARTS))}
+        beside = {f"{name}.{leaf}" for name in layers for leaf in _INPUTS}
         tensors = {
             name: PlannedTensor(_safetensors._DTYPES[dtype], shape, functools.partial(read, name))
             for name, (_, dtype, shape, kind) in manifest.tensors.items()
-            if name not in taken and kind != "transient"  # a model computes those when it is made
+            # Transient ones are computed when a model is made.
+            if kind not in ("quantized", "transient") and name not in beside
         }
         config = own_config(read_json(root / "config.json"))
         has_root = root if (root / "config.json").exists() else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowbit.formats._bits import pack_codes, unpack_codes
 from lowbit.formats._folder import in_order, unquantized_linears, words, write_folder
+from lowbit.formats._module import SCALE_DTYPES
 from lowbit.formats._record import LinearRecord
 from lowbit.formats._writer import Contents, FolderWriter, LayerSpec, WriteOptions, Writer
 from lowbit.scheme import Scheme
@@ -33,8 +34,8 @@ def _target(spec: LayerSpec) -> Scheme:
     scheme, K = spec.scheme, spec.shape[1]
     if "input_pre_scale" in spec.inputs:
         raise ValueError("inputs scaled by column (input_pre_scale) have no place in compressed-tensors")
-    if scheme.scaling not in ("group", "block128"):
-        raise ValueError(f"scales of kind {scheme.scaling} are not written as compressed-tensors")
+    if scheme.scaling not in ("group", "block128") or scheme.scale_dtype not in SCALE_DTYPES.values():
+        raise ValueError(f"{scheme}: scales of this kind are not written as compressed-tensors")
     if scheme.format == "fp8_e4m3":
         if scheme.scaling == "group" and scheme.group_size != -1:
             raise ValueError(f"{scheme}: fp8 has one scale per row or per 128 x 128 block in compressed-tensors")
