@@ -11,8 +11,8 @@
 
 namespace lowbit {
 
-// What a kernel reads: fp32 rows, int8 codes with their sums, or bf16 rows.
-enum class XForm { kFloats, kCodes, kBFloats };
+// What a kernel reads: fp32 rows, int8 codes with their sums, bf16 rows, or rows split into int8 planes.
+enum class XForm { kFloats, kCodes, kBFloats, kPlanes };
 
 struct KernelRow {
   Op op;

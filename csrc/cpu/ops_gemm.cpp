@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
 #include "cpu/scratch.h"
+#include "cpu/split.h"
 #include "cpu/weight.h"
 #include "cpu/workspace.h"
 #include "formats/codebooks.h"
@@ -45,8 +46,9 @@ void run_gemm(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t
   const int64_t element_size = job.y.dtype == Element::kFloat32 ? 4 : 2;
   uint8_t* out = static_cast<uint8_t*>(job.y.data);
   const int64_t strips = job.w.tile->strips;
-  for (int64_t m0 = 0; m0 < M; m0 += kMaxRows) {
-    job.x.M = std::min<int64_t>(kMaxRows, M - m0);
+  const int64_t chunk = row.x == XForm::kPlanes ? int64_t{kMaxPlaneRows} : int64_t{kMaxRows};
+  for (int64_t m0 = 0; m0 < M; m0 += chunk) {
+    job.x.M = std::min<int64_t>(chunk, M - m0);
     prepare(m0, job.x);
     job.y.data = out + m0 * job.y.stride * element_size;
     parallel_items(strips, job.x.M * job.w.K_padded * kTileRows,
@@ -74,6 +76,13 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   Scratch scratch(gemm_scratch_bytes(rows.M, weight.tile), workspace, op);
 
   GemmJob job{weight.view, {}, {out, N, element, prepare_bias(op, isa, bias, N, scratch)}};
+  const RowSource source{rows.data, element, rows.stride, K, weight.perm, nullptr};
+  if (row.x == XForm::kPlanes) {
+    SplitRows split(weight.view, element, rows.M, scratch);
+    run_gemm(row, isa, job, rows.M,
+             [&](int64_t m0, Activations& a) { split.prepare(isa, source, m0, a); });
+    return;
+  }
   const bool as_bf16 = row.x == XForm::kBFloats;
   // Rows that are in the kernel's dtype and need no padding and no gather are read where they are.
   const bool direct = (as_bf16 || element == Element::kFloat32) && weight.perm == nullptr &&
@@ -82,7 +91,6 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   const int64_t count = direct ? 0 : std::min<int64_t>(rows.M, kMaxRows) * stride;
   float* values = as_bf16 ? nullptr : scratch.take<float>(count);
   uint16_t* bfloats = as_bf16 ? scratch.take<uint16_t>(count) : nullptr;
-  const RowSource source{rows.data, element, rows.stride, K, weight.perm, nullptr};
   run_gemm(row, isa, job, rows.M, [&](int64_t m0, Activations& a) {
     a.stride = stride;
     a.values =

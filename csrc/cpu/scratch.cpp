@@ -7,7 +7,7 @@ namespace lowbit {
 namespace {
 
 // Kept per thread so that a decode step allocates nothing; larger needs go to the heap and back.
-constexpr int64_t kThreadBufferBytes = 1 << 20;
+constexpr int64_t kThreadBufferBytes = 4 << 20;
 
 struct ThreadBuffer {
   uint8_t* data = nullptr;

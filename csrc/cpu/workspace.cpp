@@ -4,6 +4,7 @@
 
 #include "common/desc.h"
 #include "cpu/kernels/job.h"
+#include "cpu/split.h"
 
 namespace lowbit {
 
@@ -17,7 +18,8 @@ int64_t gemm_scratch_bytes(int64_t M, const CpuTile16& tile) {
   const int64_t as_floats = scratch_bytes(chunk * tile.K_padded, 4);
   const int64_t as_codes =
       scratch_bytes(chunk * tile.K_padded, 1) + scratch_bytes(chunk * segments, 4);
-  return scratch_bytes(tile.shape.N, 4) + std::max(as_floats, as_codes);
+  return scratch_bytes(tile.shape.N, 4) +
+         std::max({as_floats, as_codes, split_scratch_bytes(M, tile)});
 }
 
 int64_t cpu_workspace_size(int64_t M, int64_t N, int64_t K, const Desc& desc) {

@@ -8,12 +8,22 @@
 template <int kBits>
 struct Codes;
 
+// Element k of a plane of kBits, in the low bits of each lane.
+template <int kBits>
+V::I code_at(const uint8_t* b, uint32_t k) {
+  constexpr uint32_t kPerVector = 8 / kBits;  // quads
+  const uint32_t quad = k / 4, shift = quad % kPerVector * kBits + k % 4 * 8;
+  const V::I codes = V::iload(b + quad / kPerVector * 64);
+  return V::band(V::shr_by(codes, static_cast<int>(shift)), V::iset1((1 << kBits) - 1));
+}
+
 template <>
 struct Codes<8> {
   template <int Q>
   static V::I quad(const uint8_t* b) {
     return V::iload(b + 64 * Q);
   }
+  static V::I at(const uint8_t* b, uint32_t k) { return code_at<8>(b, k); }
 };
 template <>
 struct Codes<4> {
@@ -21,6 +31,7 @@ struct Codes<4> {
   static V::I quad(const uint8_t* b) {
     return V::band(V::shr<Q % 2 * 4>(V::iload(b + Q / 2 * 64)), V::iset1(0x0f0f0f0f));
   }
+  static V::I at(const uint8_t* b, uint32_t k) { return code_at<4>(b, k); }
 };
 template <>
 struct Codes<2> {
@@ -28,6 +39,7 @@ struct Codes<2> {
   static V::I quad(const uint8_t* b) {
     return V::band(V::shr<Q % 4 * 2>(V::iload(b + Q / 4 * 64)), V::iset1(0x03030303));
   }
+  static V::I at(const uint8_t* b, uint32_t k) { return code_at<2>(b, k); }
 };
 template <>
 struct Codes<1> {
@@ -35,6 +47,7 @@ struct Codes<1> {
   static V::I quad(const uint8_t* b) {
     return V::band(V::shr<Q>(V::iload(b)), V::iset1(0x01010101));
   }
+  static V::I at(const uint8_t* b, uint32_t k) { return code_at<1>(b, k); }
 };
 template <int kLow, int kHigh>
 struct TwoPlanes {
@@ -44,6 +57,9 @@ struct TwoPlanes {
     return V::bor(Codes<kLow>::template quad<Q>(b),
                   V::shl<kLow>(Codes<kHigh>::template quad<Q>(b + kLowBytes)));
   }
+  static V::I at(const uint8_t* b, uint32_t k) {
+    return V::bor(code_at<kLow>(b, k), V::shl<kLow>(code_at<kHigh>(b + 16 * 32 * kLow / 8, k)));
+  }
 };
 template <>
 struct Codes<3> : TwoPlanes<2, 1> {};
@@ -51,6 +67,15 @@ template <>
 struct Codes<5> : TwoPlanes<4, 1> {};
 template <>
 struct Codes<6> : TwoPlanes<4, 2> {};
+
+// Adds four u8 codes of kBits times four s8 values to every 32-bit lane.
+template <int kBits>
+V::I dot_codes(V::I sums, V::I codes, V::I x) {
+#if defined(LOWBIT_SMALL_DOT)
+  if constexpr (kBits <= 6) return V::dot4_small(sums, codes, x);
+#endif
+  return V::dot4(sums, codes, x);
+}
 
 // Element J of a quad, in the low byte of each lane.
 template <int J>

@@ -10,37 +10,9 @@ LOWBIT_UNROLLED inline void dot_quad(const uint8_t* block, const int8_t* const* 
                                      V::I (&sums)[MR], V::I& code_sum) {
   const V::I codes = Codes<kBits>::template quad<Q>(block);
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) sums[m] = V::dot4(sums[m], codes, V::broadcast4(x[m] + k + 4 * Q));
-  if constexpr (kAsymmetric) code_sum = V::dot4(code_sum, codes, V::iset1(0x01010101));
-}
-
-// Zeros of one segment, split so that what is subtracted in fp32 is small: an integer near the zero, taken off exactly
-// in int32, and the rest. Without the split q - zero near 0 would be the difference of two large fp32 numbers.
-//
-//   float zeros   integer = rint(zero)                rest = zero - integer           w = ((q - integer) - rest) * s
-//   offsets       integer = rint(-offset / s)         rest = integer * s + offset     w = (q - integer) * s + rest
-struct SegmentZeros {
-  V::F scale, rest;
-  V::I integer;
-};
-
-template <int kBits>
-SegmentZeros segment_zeros(const WeightView& w, const uint8_t* strip, int64_t g) {
-  SegmentZeros z{group_scales(w, strip, g), V::zero(), V::iset1(1 << (kBits - 1))};
-  if (w.zero_kind == ZeroKind::kNone) return z;
-  if (w.zero_kind == ZeroKind::kInt) {
-    z.integer = V::iload_u8(strip + w.zeros_offset + g * 16);
-    return z;
-  }
-  const V::F low = V::zero(), high = V::set1(255.0f), stored = group_zeros(w, strip, g);
-  if (w.zero_kind == ZeroKind::kFloat) {
-    z.integer = V::to_i(V::clamp(stored, low, high));
-    z.rest = V::sub(stored, V::to_f(z.integer));
-  } else {
-    z.integer = V::to_i(V::clamp(V::div(V::sub(low, stored), z.scale), low, high));
-    z.rest = V::add(V::mul(V::to_f(z.integer), z.scale), stored);
-  }
-  return z;
+  for (int m = 0; m < MR; ++m)
+    sums[m] = dot_codes<kBits>(sums[m], codes, V::broadcast4(x[m] + k + 4 * Q));
+  if constexpr (kAsymmetric) code_sum = dot_codes<kBits>(code_sum, codes, V::iset1(0x01010101));
 }
 
 // One segment in units of scale(x). x_total is the sum of (xq - x_zero), `sum` that of xq * q.

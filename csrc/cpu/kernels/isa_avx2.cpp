@@ -9,6 +9,7 @@
 namespace lowbit {
 namespace isa_avx2 {
 #define LOWBIT_ISA_NAME "avx2"
+#define LOWBIT_PLANES planes_avx2
 #include "cpu/kernels/simd_avx2.h"
 // clang-format off: V first, then what is written against it
 #include "cpu/kernels/codec-inl.h"

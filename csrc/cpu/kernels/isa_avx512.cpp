@@ -9,6 +9,7 @@
 namespace lowbit {
 namespace isa_avx512 {
 #define LOWBIT_ISA_NAME "avx512"
+#define LOWBIT_PLANES planes_avx512
 #include "cpu/kernels/simd_avx512.h"
 // clang-format off: V first, then what is written against it
 #include "cpu/kernels/codec-inl.h"

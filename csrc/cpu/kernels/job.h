@@ -27,6 +27,19 @@ struct WeightView {
   const struct CpuTile16* tile;  // the whole geometry, for the general kernels
 };
 
+// One row, one segment of K: x[k] = integer[k] * scale, exactly, but for the elements that are spilled.
+struct SplitSegment {
+  float scale;  // a power of two
+  int32_t low,
+      high;  // sums of the integers' digits: of the lower two planes, and of those above in units of 2^16
+  float total;  // sum of integers * scale
+};
+
+struct Spilled {
+  uint32_t k, group;
+  float x;
+};
+
 // Rows of activations, prepared: zero from K to K_padded, gathered by perm.
 struct Activations {
   int64_t M;
@@ -40,6 +53,13 @@ struct Activations {
   const int32_t* zeros;  // [M], or null when symmetric
   int64_t segment,
       segments_per_group;  // int32 sums are exact over a segment; a group has one, or several if huge
+  // Float activations split into int8 planes (kernels/split_rows-inl.h)
+  int plane_count;  // digits of every integer
+  const int8_t*
+      planes;  // tiles of rows as rows_of_tile() cuts them, [K_padded / 4][rows][plane][4] each
+  const SplitSegment* split;      // [M, segments]
+  const Spilled* spilled;         // [M, stride], as many of each row as the next says
+  const int32_t* spilled_counts;  // [M]
 };
 
 struct Output {
@@ -63,6 +83,17 @@ struct RowSource {
   int64_t K;
   const int32_t* perm;     // gather, or null
   const float* pre_scale;  // [K], or null
+};
+
+// Rows [row_begin, row_end) of fp32 x into planes: where they go is const in Activations, because kernels read it.
+struct SplitJob {
+  const float* values;  // [rows, stride]
+  int64_t M, stride, group_size, groups, segment, segments_per_group;
+  int plane_count;
+  int8_t* planes;
+  SplitSegment* split;
+  Spilled* spilled;
+  int32_t* spilled_counts;
 };
 
 struct GradJob {
@@ -113,6 +144,16 @@ struct DequantizeJob {   // one row
   float* values;  // [K]
 };
 
+// gemm on rows split into int8 planes, where the ISA has dot products that make it worth while.
+struct PlaneKernels {
+  void (*gemm)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);  // or null
+  void (*split_rows)(const SplitJob& job, int64_t row_begin, int64_t row_end);
+  int bits;              // of the widest codes
+  int64_t rows_of_two;   // the largest M with two planes
+  int64_t rows_of_four;  // the same with four
+  bool every_m;          // whether two planes are fast enough at any M to be the one kernel for all
+};
+
 // Every function handles the whole range it is given on the calling thread, allocates nothing and throws nothing.
 struct IsaKernels {
   const char* isa;
@@ -128,12 +169,16 @@ struct IsaKernels {
   void (*quantize_group)(const QuantizeJob& job);
   void (*quantize_activation_row)(const QuantizeActivationJob& job);
   void (*dequantize_row)(const DequantizeJob& job);
+  PlaneKernels planes;
   // The largest M for gemm_stream: two passes over a strip, the second of them from cache.
   int64_t stream_rows;
 };
 
 const IsaKernels& kernels_portable();
 #if defined(__x86_64__)
+PlaneKernels planes_avx2();
+PlaneKernels planes_avx512();
+PlaneKernels planes_avx512vnni();
 const IsaKernels& kernels_avx2();
 const IsaKernels& kernels_avx512();
 const IsaKernels& kernels_avx512vnni();
@@ -142,6 +187,12 @@ const IsaKernels& kernels_avx512bf16();
 
 // Rows of x that one call of a gemm kernel may be given: it sizes the kernels' stack buffers.
 enum : int64_t { kMaxRows = 128 };
+
+// The same for gemm_planes, whose rows take 16 bytes of scratch per element.
+enum : int64_t { kMaxPlaneRows = 32 };
+
+// The longest piece of K over which gemm_planes sums integers.
+enum : int64_t { kSplitSegment = 256 };
 
 // Columns of dx in one piece of gemm_grad_input.
 enum : int64_t { kGradColumns = 64 };

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #define LOWBIT_UNROLLED __attribute__((always_inline))
+#define LOWBIT_SMALL_DOT  // V has dot4_small
 
 struct V {
   struct F {
@@ -20,6 +21,7 @@ struct V {
   static constexpr bool kFastLut =
       false;  // two permutes and a blend: no better than convert for integers
   static constexpr int kStreamRows = 4;  // 4 x 2 accumulators of 16 registers
+  static constexpr int kPlaneSums = 6;   // 12 of 16 registers
   static constexpr int kPanelRows = 6;
   static constexpr int kPanelStrips = 1;  // 6 x 2 accumulators
 
@@ -43,6 +45,10 @@ struct V {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
   }
+  static void istore(uint8_t* p, I a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), a.hi);
+  }
   static I iadd(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
   static I isub(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
   static I imul(I a, I b) {
@@ -58,6 +64,10 @@ struct V {
   static I shl(I a) {
     return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
   }
+  static I shr_by(I a, int bits) {
+    const __m128i count = _mm_cvtsi32_si128(bits);
+    return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
+  }
   static F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
   static F clamp(F a, F low, F high) {
     return {_mm256_min_ps(_mm256_max_ps(a.lo, low.lo), high.lo),
@@ -71,6 +81,11 @@ struct V {
                              _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.lo, a.lo))),
             _mm256_blendv_ps(otherwise.hi, if_less.hi,
                              _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.hi, a.hi)))};
+  }
+
+  static I keep_equal(F a, F b, I value) {
+    return band(value, {_mm256_castps_si256(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ)),
+                        _mm256_castps_si256(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ))});
   }
 
   static Lut make_lut(const float* table) {
@@ -107,6 +122,13 @@ struct V {
   }
   static I dot4(I sums, I codes, I x) {
     return {dot4_half(sums.lo, codes.lo, x.lo), dot4_half(sums.hi, codes.hi, x.hi)};
+  }
+  // Codes of at most six bits: two products fit 16 bits.
+  static I dot4_small(I sums, I codes, I x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {
+        _mm256_add_epi32(sums.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.lo, x.lo), ones)),
+        _mm256_add_epi32(sums.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.hi, x.hi), ones))};
   }
 
  private:

@@ -7,6 +7,11 @@
 
 #define LOWBIT_UNROLLED __attribute__((always_inline))
 
+#if defined(__AVX512VNNI__)
+#define LOWBIT_FAST_DOT  // dot4 is one instruction
+#else
+#define LOWBIT_SMALL_DOT  // V has dot4_small
+#endif
 #if defined(__AVX512VBMI__)
 #define LOWBIT_BYTE_LUT  // V has ByteLut, lut128 and float_of_halves
 #endif
@@ -19,6 +24,7 @@ struct V {
   static constexpr bool kFastLut = true;
   static constexpr int kStreamRows =
       8;  // as many pointers into x as there are general registers to spare
+  static constexpr int kPlaneSums = 24;  // of 32 registers
   static constexpr int kPanelRows = 8;
   static constexpr int kPanelStrips = 2;  // 8 x 2 accumulators of 32 registers
 
@@ -48,6 +54,7 @@ struct V {
   static I shl(I a) {
     return _mm512_slli_epi32(a, kBits);
   }
+  static I shr_by(I a, int bits) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(bits)); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F clamp(F a, F low, F high) { return _mm512_min_ps(_mm512_max_ps(a, low), high); }
   static I to_i(F a) { return _mm512_cvtps_epi32(a); }
@@ -55,6 +62,10 @@ struct V {
   static F as_f(I a) { return _mm512_castsi512_ps(a); }
   static F select_lt(I a, I b, F if_less, F otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(a, b), otherwise, if_less);
+  }
+
+  static I keep_equal(F a, F b, I value) {
+    return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), value);
   }
 
   static Lut make_lut(const float* table) { return _mm512_loadu_ps(table); }
@@ -113,6 +124,14 @@ struct V {
     return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
 #endif
   }
+
+#if !defined(__AVX512VNNI__)
+  // Codes of at most six bits: two products fit 16 bits.
+  static I dot4_small(I sums, I codes, I x) {
+    return _mm512_add_epi32(
+        sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
+  }
+#endif
 
 #if defined(__AVX512BF16__)
   // The upper halves of two floats as one pair per lane: exact for values that are exact in bf16.

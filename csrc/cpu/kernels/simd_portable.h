@@ -25,6 +25,7 @@ struct V {
   struct Lut {
     const float* table;
   };
+  static constexpr int kPlaneSums = 8;
   static constexpr bool kFastLut = false;
   static constexpr int kStreamRows = 0;  // no stream kernel: its code would outgrow its gain
   static constexpr int kPanelRows = 2;
@@ -88,6 +89,10 @@ struct V {
   static I shl(I a) {
     return {{(I4)((U4)a.q[0] << kBits), (I4)((U4)a.q[1] << kBits), (I4)((U4)a.q[2] << kBits),
              (I4)((U4)a.q[3] << kBits)}};
+  }
+  static I shr_by(I a, int bits) {
+    return {{(I4)((U4)a.q[0] >> bits), (I4)((U4)a.q[1] >> bits), (I4)((U4)a.q[2] >> bits),
+             (I4)((U4)a.q[3] >> bits)}};
   }
   static F div(F a, F b) {
     return {{a.q[0] / b.q[0], a.q[1] / b.q[1], a.q[2] / b.q[2], a.q[3] / b.q[3]}};
