@@ -26,6 +26,9 @@ set(LOWBIT_ISA_avx512vnni_flags ${LOWBIT_ISA_avx512_flags} -mavx512vnni -mavx512
 set(LOWBIT_ISA_avx512bf16_arch x86_64)
 set(LOWBIT_ISA_avx512bf16_flags ${LOWBIT_ISA_avx512vnni_flags} -mavx512bf16)
 
+set(LOWBIT_ISA_amx_arch x86_64)
+set(LOWBIT_ISA_amx_flags ${LOWBIT_ISA_avx512bf16_flags} -mamx-tile -mamx-int8 -mamx-bf16)
+
 # The architecture compiled for, as the rows above spell it.
 function(lowbit_target_arch out)
   string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" arch)

@@ -67,9 +67,9 @@ py::dict canonical_shapes(int64_t N, int64_t K, int64_t desc) {
                   "zeros"_a = optional(shapes.zeros), "perm"_a = optional(shapes.perm));
 }
 
-py::list kernel_table() {
+py::list kernel_table(bool compiled) {
   py::list rows;
-  for (const lowbit::KernelInfo& row : lowbit::list_kernels()) {
+  for (const lowbit::KernelInfo& row : lowbit::list_kernels(compiled)) {
     rows.append(py::dict("backend"_a = row.backend, "op"_a = row.op, "name"_a = row.name,
                          "isa"_a = row.isa, "general"_a = row.general, "takes"_a = row.takes));
   }
@@ -88,6 +88,16 @@ py::dict cpu_features() {
   py::dict features;
   for (const auto& [name, present] : lowbit::cpu_features()) features[py::str(name)] = present;
   return features;
+}
+
+py::dict isa_refusals() {
+  py::dict refusals;
+  for (const auto& [level, reason] : lowbit::isa_refusals()) refusals[py::str(level)] = reason;
+  return refusals;
+}
+
+void set_extra_isa(const std::string& name, uintptr_t tile_kernels) {
+  lowbit::set_extra_isa(name, reinterpret_cast<const lowbit::AmxKernels*>(tile_kernels));
 }
 
 py::dict build_info() {
@@ -128,11 +138,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_levels", &lowbit::isa_levels, "Instruction sets this machine can run, best first.");
   m.def("set_isa", &lowbit::set_isa, "name"_a,
         "Use another instruction set from now on, in every thread.");
+  m.def("isa_refusals", &isa_refusals,
+        "Instruction sets that this build has and this machine cannot run, with the reason, where "
+        "it is not plain from "
+        "cpu_features.");
+  m.def("set_extra_isa", &set_extra_isa, "name"_a, "tile_kernels"_a,
+        "For tests: add a level that runs only when named, with the AmxKernels at this address; 0 "
+        "removes it.");
   m.def("strict", &lowbit::strict, "Whether picking a general kernel is an error.");
   m.def("set_strict", &lowbit::set_strict, "on"_a, "Set what LOWBIT_STRICT sets.");
   m.def("build_info", &build_info, "Version, compiler, flags, ABI target.");
-  m.def("kernel_table", &kernel_table,
-        "One row per kernel and instruction set of this machine, and per CUDA kernel.");
+  m.def("kernel_table", &kernel_table, "compiled"_a = false,
+        "One row per kernel and instruction set of this machine, or of this build, and per CUDA "
+        "kernel.");
   m.def("explain", &explain, "op"_a, "device"_a, "M"_a, "N"_a, "K"_a, "desc"_a, "dtype"_a,
         "flags"_a,
         "Kernels in order of preference, each with why it was refused; '' for the one that runs.");

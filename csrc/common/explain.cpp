@@ -27,8 +27,8 @@ Problem make_problem(const std::string& op, int64_t M, int64_t N, int64_t K, int
 
 }  // namespace
 
-std::vector<KernelInfo> list_kernels() {
-  std::vector<KernelInfo> list = cpu_kernels();
+std::vector<KernelInfo> list_kernels(bool compiled) {
+  std::vector<KernelInfo> list = cpu_kernels(compiled);
   for (KernelInfo& row : cuda::kernels()) list.push_back(std::move(row));
   return list;
 }

@@ -13,7 +13,8 @@
 
 namespace lowbit {
 
-LOWBIT_API std::vector<KernelInfo> list_kernels();
+// Of this machine, or all that are compiled in.
+LOWBIT_API std::vector<KernelInfo> list_kernels(bool compiled);
 
 // Every kernel of the op on that device, in order of preference, with why it was refused.
 LOWBIT_API std::vector<Verdict> explain(const std::string& op, const std::string& device, int64_t M,

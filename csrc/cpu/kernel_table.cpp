@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/amx.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/general.h"
 #include "cpu/split.h"
@@ -23,14 +24,61 @@ bool refuse_panel(const Problem&, const CpuTile16& tile, const IsaKernels&, cons
 // 4096 x 4096, int4 group 128).
 constexpr int64_t kBf16Rows = 9;
 
+// Tensor and tile instructions multiply bf16: q - zero, and the values of FP8 and FP4, are exact in it.
+bool refuse_inexact_codes(const Problem& p, const Why& why) {
+  if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
+  return (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset) &&
+         why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
+}
+
 bool refuse_panel_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
                        const Why& why) {
   if (isa.gemm_panel_bf16 == nullptr) return why("not built for ", isa.isa);
   if (p.x != Element::kBFloat16) return why("activations are not bf16");
-  if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
-  if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset)
-    return why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
-  return refuse_short_blocks(tile, why);
+  return refuse_inexact_codes(p, why) || refuse_short_blocks(tile, why);
+}
+
+// ---- tiles: the numbers are counted (docs/amx.md), not yet measured on hardware -----------------------------------
+
+// Fewer rows are faster from registers: there a panel of 32 x 256 weights takes 256 (2 + M) cycles as floats and about
+// 200 + 128 M as int8 digits, in tiles at most 1056 for up to 16 rows.
+int64_t least_tile_rows(const Problem& p, const IsaKernels& isa) {
+  const FormatInfo& format = format_info(p.desc.format);
+  const bool digits =
+      isa.planes.gemm != nullptr && format.is_integer && format.bits <= isa.planes.bits;
+  return digits || tile_planes(p.x) == 3 ? 8 : 4;
+}
+
+// From this M on, rounding each weight once to bf16 is cheaper than scaling the sums of every group: decoding to scaled
+// weights costs 730 cycles more a panel, folding 1024 / group for every row.
+constexpr int64_t kNever = int64_t{1} << 62;
+int64_t weight_tile_rows(const CpuTile16& tile) {
+  const int64_t group = tile.shape.group_size;
+  return group >= 1024 ? kNever : group * 3 / 4;
+}
+
+bool refuse_few_rows(const Problem& p, int64_t least, const Why& why) {
+  return p.M < least && (p.flags & kBatchInvariant) == 0 &&
+         why("M=", p.M, ": tiles are faster from M=", least);
+}
+
+bool refuse_tiles_codes(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
+                        const Why& why) {
+  if (isa.amx == nullptr) return why("not built for ", isa.isa);
+  if (refuse_inexact_codes(p, why) || refuse_short_blocks(tile, why)) return true;
+  const int64_t rounded = p.x == Element::kBFloat16 ? weight_tile_rows(tile) : kNever;
+  if ((p.flags & kBatchInvariant) != 0 && rounded != kNever)
+    return why("tiles_bf16 serves large M and batch_invariant is set");
+  if (p.M >= rounded) return why("M=", p.M, ": scaled weights are faster from M=", rounded);
+  return refuse_few_rows(p, least_tile_rows(p, isa), why);
+}
+
+bool refuse_tiles_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
+                       const Why& why) {
+  if (isa.amx == nullptr) return why("not built for ", isa.isa);
+  if (p.x != Element::kBFloat16)
+    return why("activations are not bf16, so weights must not be rounded to it");
+  return refuse_short_blocks(tile, why) || refuse_few_rows(p, least_tile_rows(p, isa), why);
 }
 
 // int4 group 128: 2.6 ms against 3.0 at M = 12, 3.5 against 3.4 at M = 16 (Zen 4, 4096 x 4096).
@@ -77,6 +125,15 @@ bool refuse_dot(const Problem& p, const CpuTile16& tile, const IsaKernels&, cons
   return refuse_integer_dot(p, why) || refuse_short_blocks(tile, why);
 }
 
+// dot_i8 reads a weight again for every eight rows, and needs no tiles of x.
+bool refuse_tiles_i8(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
+                     const Why& why) {
+  if (isa.amx == nullptr) return why("not built for ", isa.isa);
+  if (refuse_integer_dot(p, why) || refuse_short_blocks(tile, why)) return true;
+  const int64_t least = tile.shape.group_size < 64 ? 16 : 8;
+  return p.M < least && why("M=", p.M, ": tiles are faster from M=", least);
+}
+
 // Integer problems stay in integers, also on the general kernel: their sums are exact.
 bool refuse_general_dot(const Problem& p, const CpuTile16&, const IsaKernels&, const Why& why) {
   return refuse_integer_dot(p, why);
@@ -96,6 +153,11 @@ bool refuse_a8_panel(const Problem& p, const CpuTile16& tile, const IsaKernels& 
   return refuse_integers(p, why) || refuse_panel(p, tile, isa, why);
 }
 
+bool refuse_a8_tiles(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
+                     const Why& why) {
+  return refuse_integers(p, why) || refuse_tiles_codes(p, tile, isa, why);
+}
+
 bool refuse_nothing(const Problem&, const CpuTile16&, const IsaKernels&, const Why&) {
   return false;
 }
@@ -111,6 +173,15 @@ void run_panel(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t
 }
 void run_panel_bf16(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
   isa.gemm_panel_bf16(job, begin, end);
+}
+void run_tiles_codes(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
+  isa.amx->gemm_codes(job, begin, end);
+}
+void run_tiles_bf16(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
+  isa.amx->gemm_weights(job, begin, end);
+}
+void run_tiles_i8(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
+  isa.amx->gemm_i8(job, begin, end);
 }
 void run_dot(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
   isa.gemm_dot(job, begin, end);
@@ -142,6 +213,13 @@ const IsaKernels& parse_device(const std::string& device) {
 const std::vector<KernelRow>& kernel_table() {
   constexpr bool kGeneral = true, kFast = false;
   static const std::vector<KernelRow> table = {
+      {Op::kGemm, "tiles_codes", kFast,
+       "codes exact in bf16, groups in multiples of 32, x in bf16 or split into planes of it: AMX, "
+       "scales applied to sums",
+       XForm::kTiles, refuse_tiles_codes, run_tiles_codes, nullptr},
+      {Op::kGemm, "tiles_bf16", kFast,
+       "bf16 x, groups in multiples of 32, more rows: AMX, weights rounded once to bf16",
+       XForm::kTiles, refuse_tiles_bf16, run_tiles_bf16, nullptr},
       {Op::kGemm, "planes_i8", kFast,
        "integer weights, groups in multiples of 32: x as int8 digits, exactly; int32 dot products",
        XForm::kPlanes, refuse_planes, run_planes, nullptr},
@@ -156,9 +234,14 @@ const std::vector<KernelRow>& kernel_table() {
        refuse_panel, run_panel, nullptr},
       {Op::kGemm, "general_f32", kGeneral, "everything", XForm::kFloats, refuse_nothing,
        run_general_f32, nullptr},
+      {Op::kGemmA8, "tiles_i8", kFast,
+       "int8 per token x integer weights, groups in multiples of 32, more rows: AMX, int32 sums",
+       XForm::kCodeTiles, refuse_tiles_i8, run_tiles_i8, nullptr},
       {Op::kGemmA8, "dot_i8", kFast,
        "int8 per token x integer weights, groups in multiples of 32: int32 dot products",
        XForm::kCodes, refuse_dot, run_dot, nullptr},
+      {Op::kGemmA8, "tiles_codes", kFast, "as gemm, on dequantized activations", XForm::kTiles,
+       refuse_a8_tiles, run_tiles_codes, nullptr},
       {Op::kGemmA8, "stream_f32", kFast, "as gemm, on dequantized activations", XForm::kFloats,
        refuse_a8_stream, run_stream, nullptr},
       {Op::kGemmA8, "panel_f32", kFast, "as gemm, on dequantized activations", XForm::kFloats,
@@ -175,11 +258,15 @@ const std::vector<KernelRow>& kernel_table() {
   return table;
 }
 
+// int8 and fp8 are multiplied by their scale first, in fp32.
+int tile_planes(Element x) { return x == Element::kBFloat16 ? 1 : x == Element::kFloat16 ? 2 : 3; }
+
 // Whether an ISA has the function a row runs; a row that is absent everywhere still shows in explain().
 bool is_built(const KernelRow& row, const IsaKernels& isa) {
   if (row.gemm == run_stream) return isa.gemm_stream != nullptr;
   if (row.gemm == run_planes) return isa.planes.gemm != nullptr;
   if (row.gemm == run_panel_bf16) return isa.gemm_panel_bf16 != nullptr;
+  if (reads_tiles(row)) return isa.amx != nullptr;
   return !row.general || std::string(isa.isa) == "portable";  // general kernels are compiled once
 }
 
@@ -194,9 +281,9 @@ const KernelRow& select_kernel(const Problem& problem, const CpuTile16& tile,
   return *last;
 }
 
-std::vector<KernelInfo> cpu_kernels() {
+std::vector<KernelInfo> cpu_kernels(bool compiled) {
   std::vector<KernelInfo> list;
-  for (const std::string& level : isa_levels()) {
+  for (const std::string& level : compiled ? compiled_isa_levels() : isa_levels()) {
     for (const KernelRow& row : kernel_table()) {
       if (is_built(row, *kernels_of(level))) {
         list.push_back({"cpu", name_of(row.op), row.name, level, row.takes, row.general});
@@ -215,6 +302,9 @@ std::vector<Verdict> explain_cpu(const Problem& problem, const std::string& devi
     if (row.op != problem.op) continue;
     std::string reason;
     row.refuse(problem, tile, isa, Why(&reason));
+    // Of the machine itself, not of a level that is asked about by name.
+    if (device == "cpu" && reads_tiles(row) && isa.amx == nullptr && !amx_refusal().empty())
+      reason += concat("; amx: ", amx_refusal());
     if (reason.empty() && found) reason = "slower than the chosen one";
     found = found || reason.empty();
     verdicts.push_back(

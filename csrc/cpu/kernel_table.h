@@ -11,8 +11,9 @@
 
 namespace lowbit {
 
-// What a kernel reads: fp32 rows, int8 codes with their sums, bf16 rows, or rows split into int8 planes.
-enum class XForm { kFloats, kCodes, kBFloats, kPlanes };
+// What a kernel reads: fp32 rows, int8 codes with their sums, bf16 rows, rows split into int8 planes, or tiles of bf16 or
+// of int8 with their sums.
+enum class XForm { kFloats, kCodes, kBFloats, kPlanes, kTiles, kCodeTiles };
 
 struct KernelRow {
   Op op;
@@ -30,13 +31,20 @@ struct KernelRow {
 
 const std::vector<KernelRow>& kernel_table();
 
+inline bool reads_tiles(const KernelRow& row) {
+  return row.x == XForm::kTiles || row.x == XForm::kCodeTiles;
+}
+
+// How many bf16 values add up to one of x, exactly: what kTiles splits it into.
+int tile_planes(Element x);
+
 // The first row that does not refuse. Rows stand in order of preference; the last of an op never refuses.
 const KernelRow& select_kernel(const Problem& problem, const CpuTile16& tile,
                                const IsaKernels& isa);
 
 // What lists and explanations ask of this backend (common/explain.h). `device` is "cpu" or "cpu:<isa>", the latter as if
-// that were the machine's best.
-std::vector<KernelInfo> cpu_kernels();
+// that were the machine's best. `compiled`: the kernels of every instruction set in this build, not only of this machine's.
+std::vector<KernelInfo> cpu_kernels(bool compiled);
 std::vector<Verdict> explain_cpu(const Problem& problem, const std::string& device);
 
 }  // namespace lowbit

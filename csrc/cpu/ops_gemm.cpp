@@ -6,6 +6,7 @@
 #include "common/strict.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
+#include "cpu/kernels/amx.h"
 #include "cpu/scratch.h"
 #include "cpu/split.h"
 #include "cpu/weight.h"
@@ -39,16 +40,15 @@ const float* prepare_bias(const char* op, const IsaKernels& isa, const OptionalT
 
 // ---- gemm ----------------------------------------------------------------------------------------------------------
 
-// Strips of the weight over threads, in chunks of rows; prepare(m0, rows, job.x) fills the activations of a chunk.
+// Strips of the weight over threads, in passes of some rows; prepare(m0, job.x) fills the activations of a pass.
 template <class Prepare>
-void run_gemm(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t M,
+void run_gemm(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t M, int64_t pass,
               const Prepare& prepare) {
   const int64_t element_size = job.y.dtype == Element::kFloat32 ? 4 : 2;
   uint8_t* out = static_cast<uint8_t*>(job.y.data);
   const int64_t strips = job.w.tile->strips;
-  const int64_t chunk = row.x == XForm::kPlanes ? int64_t{kMaxPlaneRows} : int64_t{kMaxRows};
-  for (int64_t m0 = 0; m0 < M; m0 += chunk) {
-    job.x.M = std::min<int64_t>(chunk, M - m0);
+  for (int64_t m0 = 0; m0 < M; m0 += pass) {
+    job.x.M = std::min(pass, M - m0);
     prepare(m0, job.x);
     job.y.data = out + m0 * job.y.stride * element_size;
     parallel_items(strips, job.x.M * job.w.K_padded * kTileRows,
@@ -63,6 +63,51 @@ void load_bfloats(const Rows& rows, const int32_t* perm, int64_t m, uint16_t* to
   std::fill(to + rows.K, to + stride, uint16_t{0});
 }
 
+// Tiles of rows [0, count) of `source`, 16 at a time, from row m0 on.
+void pack_tiles(const IsaKernels& isa, const RowSource& source, int64_t m0, const CpuTile16& tile,
+                uint8_t* tiles, Activations& x) {
+  const int64_t bytes = float_tile_bytes(x.tile_planes, tile);
+  parallel_items(div_up(x.M, 16), 16 * tile.K_padded, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      isa.amx->pack_floats(source, m0 + 16 * i, std::min<int64_t>(16, x.M - 16 * i), x.tile_planes,
+                           tile.K_padded, tiles + i * bytes);
+    }
+  });
+  x.tiles = tiles;
+}
+
+void gemm_on_tiles(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t M,
+                   const RowSource& source, Scratch& scratch) {
+  const CpuTile16& tile = *job.w.tile;
+  job.x.tile_planes = tile_planes(source.dtype);
+  const int64_t pass = std::min(M, pass_rows(true, job.x.tile_planes));
+  uint8_t* tiles =
+      scratch.take<uint8_t>(div_up(pass, 16) * float_tile_bytes(job.x.tile_planes, tile));
+  run_gemm(row, isa, job, M, pass,
+           [&](int64_t m0, Activations& a) { pack_tiles(isa, source, m0, tile, tiles, a); });
+}
+
+// Scratch for one pass of a kernel.
+int64_t scratch_for(const KernelRow& row, int64_t M, Element x, const CpuTile16& tile) {
+  const int planes = row.x == XForm::kTiles ? tile_planes(x) : 1;
+  const int64_t rows = std::min(M, pass_rows(reads_tiles(row), planes));
+  const int64_t bias = scratch_bytes(tile.shape.N, 4), tiles = div_up(rows, 16);
+  const bool quantized = x == Element::kInt8 || x == Element::kFp8E4m3;
+  switch (row.x) {
+    case XForm::kTiles:
+      return bias + tiles * float_tile_bytes(planes, tile) +
+             (quantized ? float_rows_bytes(rows, tile) : 0);
+    case XForm::kCodeTiles:
+      return bias + tiles * code_tile_bytes(tile) + code_rows_bytes(rows, tile);
+    case XForm::kPlanes:
+      return bias + split_scratch_bytes(M, tile);
+    case XForm::kCodes:
+      return bias + code_rows_bytes(rows, tile);
+    default:
+      return bias + float_rows_bytes(rows, tile);
+  }
+}
+
 void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                int64_t N, int64_t K, int64_t desc, int64_t flags, const Rows& rows, Element element,
                void* out, const OptionalTensor& workspace) {
@@ -73,16 +118,17 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   const IsaKernels& isa = kernels();
   const KernelRow& row =
       choose(op, {Op::kGemm, rows.M, N, K, weight.desc, element, false, flags}, weight, isa);
-  Scratch scratch(gemm_scratch_bytes(rows.M, weight.tile), workspace, op);
+  Scratch scratch(scratch_for(row, rows.M, element, weight.tile), workspace, op);
 
   GemmJob job{weight.view, {}, {out, N, element, prepare_bias(op, isa, bias, N, scratch)}};
   const RowSource source{rows.data, element, rows.stride, K, weight.perm, nullptr};
   if (row.x == XForm::kPlanes) {
     SplitRows split(weight.view, element, rows.M, scratch);
-    run_gemm(row, isa, job, rows.M,
+    run_gemm(row, isa, job, rows.M, kMaxPlaneRows,
              [&](int64_t m0, Activations& a) { split.prepare(isa, source, m0, a); });
     return;
   }
+  if (row.x == XForm::kTiles) return gemm_on_tiles(row, isa, job, rows.M, source, scratch);
   const bool as_bf16 = row.x == XForm::kBFloats;
   // Rows that are in the kernel's dtype and need no padding and no gather are read where they are.
   const bool direct = (as_bf16 || element == Element::kFloat32) && weight.perm == nullptr &&
@@ -91,7 +137,7 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   const int64_t count = direct ? 0 : std::min<int64_t>(rows.M, kMaxRows) * stride;
   float* values = as_bf16 ? nullptr : scratch.take<float>(count);
   uint16_t* bfloats = as_bf16 ? scratch.take<uint16_t>(count) : nullptr;
-  run_gemm(row, isa, job, rows.M, [&](int64_t m0, Activations& a) {
+  run_gemm(row, isa, job, rows.M, kMaxRows, [&](int64_t m0, Activations& a) {
     a.stride = stride;
     a.values =
         direct && !as_bf16 ? reinterpret_cast<const float*>(rows.data) + m0 * stride : values;
@@ -169,6 +215,60 @@ void load_codes(const QuantizedRows& q, const PackedWeight& weight, const Activa
   }
 }
 
+// Codes stay integers.
+void multiply_codes(const KernelRow& row, const IsaKernels& isa, GemmJob& job,
+                    const PackedWeight& weight, const QuantizedRows& q, Scratch& scratch) {
+  const CpuTile16& tile = weight.tile;
+  const bool as_tiles = row.x == XForm::kCodeTiles;
+  const int64_t stride = job.x.stride, pass = std::min(q.rows.M, pass_rows(as_tiles, 1));
+  const int64_t segments = weight.view.groups * job.x.segments_per_group;
+  int8_t* codes = scratch.take<int8_t>(pass * stride);
+  int32_t* sums = scratch.take<int32_t>(pass * segments);
+  const int64_t tile_bytes = code_tile_bytes(tile);
+  uint8_t* tiles = as_tiles ? scratch.take<uint8_t>(div_up(pass, 16) * tile_bytes) : nullptr;
+  job.x.codes = codes;
+  job.x.sums = sums;
+  job.x.tiles = tiles;
+  job.x.tile_planes = 1;
+  run_gemm(row, isa, job, q.rows.M, pass, [&](int64_t m0, Activations& a) {
+    a.scales = q.scales + m0;
+    a.zeros = q.zeros == nullptr ? nullptr : q.zeros + m0;
+    parallel_items(a.M, stride, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m)
+        load_codes(q, weight, a, m0 + m, codes + m * stride, sums + m * segments);
+    });
+    if (!as_tiles) return;
+    parallel_items(div_up(a.M, 16), 16 * stride, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        isa.amx->pack_codes(job.w, a, 16 * i, std::min<int64_t>(16, a.M - 16 * i),
+                            tiles + i * tile_bytes);
+    });
+  });
+}
+
+// (xq - zero) * scale in fp32, for kernels that multiply floats.
+void multiply_dequantized(const KernelRow& row, const IsaKernels& isa, GemmJob& job,
+                          const PackedWeight& weight, const QuantizedRows& q, Scratch& scratch) {
+  const CpuTile16& tile = weight.tile;
+  const bool as_tiles = row.x == XForm::kTiles;
+  job.x.tile_planes = tile_planes(Element::kFloat32);
+  const int64_t stride = job.x.stride;
+  const int64_t pass = std::min(q.rows.M, pass_rows(as_tiles, job.x.tile_planes));
+  float* values = scratch.take<float>(pass * stride);
+  uint8_t* tiles =
+      as_tiles ? scratch.take<uint8_t>(div_up(pass, 16) * float_tile_bytes(job.x.tile_planes, tile))
+               : nullptr;
+  job.x.values = values;
+  run_gemm(row, isa, job, q.rows.M, pass, [&](int64_t m0, Activations& a) {
+    parallel_items(a.M, stride, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m)
+        load_dequantized(q, weight.perm, m0 + m, values + m * stride, stride);
+    });
+    const RowSource source{values, Element::kFloat32, stride, stride, nullptr, nullptr};
+    if (as_tiles) pack_tiles(isa, source, 0, tile, tiles, a);
+  });
+}
+
 void gemm_a8_into(const char* op, const Tensor& xq, const Tensor& x_scales,
                   const OptionalTensor& x_zeros, const Tensor& w, const OptionalTensor& bias,
                   int64_t N, int64_t K, int64_t desc, int64_t flags, Element out_element, void* out,
@@ -182,36 +282,15 @@ void gemm_a8_into(const char* op, const Tensor& xq, const Tensor& x_scales,
   const IsaKernels& isa = kernels();
   const KernelRow& row =
       choose(op, {Op::kGemmA8, M, N, K, weight.desc, q.element, q.groups != 1, flags}, weight, isa);
-  const int64_t stride = weight.tile.K_padded;
-  const int64_t chunk = std::min<int64_t>(M, kMaxRows);
-  Scratch scratch(gemm_scratch_bytes(M, weight.tile), workspace, op);
+  Scratch scratch(scratch_for(row, M, q.element, weight.tile), workspace, op);
   GemmJob job{weight.view, {}, {out, N, out_element, prepare_bias(op, isa, bias, N, scratch)}};
-  job.x.stride = stride;
+  job.x.stride = weight.tile.K_padded;
   job.x.segment = int32_segment(weight.tile);
   job.x.segments_per_group = div_up(weight.view.group_size, job.x.segment);
-  if (row.x == XForm::kCodes) {
-    int8_t* codes = scratch.take<int8_t>(chunk * stride);
-    const int64_t segments = weight.view.groups * job.x.segments_per_group;
-    int32_t* sums = scratch.take<int32_t>(chunk * segments);
-    run_gemm(row, isa, job, M, [&](int64_t m0, Activations& a) {
-      a.codes = codes;
-      a.sums = sums;
-      a.scales = q.scales + m0;
-      a.zeros = q.zeros == nullptr ? nullptr : q.zeros + m0;
-      parallel_items(a.M, K, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m)
-          load_codes(q, weight, a, m0 + m, codes + m * stride, sums + m * segments);
-      });
-    });
+  if (row.x == XForm::kCodes || row.x == XForm::kCodeTiles) {
+    multiply_codes(row, isa, job, weight, q, scratch);
   } else {
-    float* values = scratch.take<float>(chunk * stride);
-    run_gemm(row, isa, job, M, [&](int64_t m0, Activations& a) {
-      a.values = values;
-      parallel_items(a.M, K, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m)
-          load_dequantized(q, weight.perm, m0 + m, values + m * stride, stride);
-      });
-    });
+    multiply_dequantized(row, isa, job, weight, q, scratch);
   }
 }
 

@@ -64,8 +64,11 @@ def isa() -> str:
 def isa_levels() -> list[str]:
     """Instruction sets this machine can run, best first."""
 
-def kernel_table() -> list[dict[str, Any]]:
-    """One row per CPU kernel and instruction set of this machine, and per CUDA kernel: backend, op, name, isa, general, takes."""
+def isa_refusals() -> dict[str, str]:
+    """Instruction sets that this build has and this machine cannot run, with the reason where it is not plain."""
+
+def kernel_table(compiled: bool = False) -> list[dict[str, Any]]:
+    """One row per CPU kernel and instruction set of this machine (or of this build), and per CUDA kernel: backend, op, name, isa, general, takes."""
 
 def make_desc(
     format: int, group_size: int, zero_kind: int, scale_dtype: int, scaling: int, has_perm: bool, layout: int
@@ -80,6 +83,9 @@ def parse_desc(desc: int) -> _DescFields:
 
 def preferred_layout(device_type: str, desc: int) -> int:
     """The kernel layout of a kind of device; ValueError when there are no kernels for it, in any build."""
+
+def set_extra_isa(name: str, tile_kernels: int) -> None:
+    """For tests: add a level that runs only when named, with the AmxKernels at this address; 0 removes it."""
 
 def set_isa(name: str) -> None:
     """Use another instruction set from now on, in every thread."""

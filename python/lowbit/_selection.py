@@ -76,7 +76,7 @@ def _dtype_name(op: str, dtype: torch.dtype | str | None) -> str:
 @functools.cache
 def _generality() -> dict[tuple[str, str], bool]:
     """(op, full name) of every kernel -> whether it is general."""
-    return {(row["op"], full_name(row)): row["general"] for row in _C.kernel_table()}
+    return {(row["op"], full_name(row)): row["general"] for row in _C.kernel_table(compiled=True)}
 
 
 def _kernel_op(op: str) -> str:

@@ -3,7 +3,7 @@
 //   sum_k (xq - xz) * (q - z) = sum xq*q - z * sum xq - xz * (sum q - z * count)
 //
 // exactly, in int32, over a segment of at most 32768 k (65025 * 32768 < 2^31); then one fp32 multiply-add per segment
-// with the weight's scale, and the activation's scale at the end. Included after V and codec-inl.h.
+// with the weight's scale, and the activation's scale at the end. Included after V, codec-inl.h and segment-inl.h.
 
 template <int Q, int MR, bool kAsymmetric, int kBits>
 LOWBIT_UNROLLED inline void dot_quad(const uint8_t* block, const int8_t* const* x, int64_t k,
@@ -13,17 +13,6 @@ LOWBIT_UNROLLED inline void dot_quad(const uint8_t* block, const int8_t* const* 
   for (int m = 0; m < MR; ++m)
     sums[m] = dot_codes<kBits>(sums[m], codes, V::broadcast4(x[m] + k + 4 * Q));
   if constexpr (kAsymmetric) code_sum = dot_codes<kBits>(code_sum, codes, V::iset1(0x01010101));
-}
-
-// One segment in units of scale(x). x_total is the sum of (xq - x_zero), `sum` that of xq * q.
-inline V::F finish_segment(ZeroKind kind, const SegmentZeros& z, V::I sum, int32_t x_total,
-                           V::I code_sum, int32_t x_zero) {
-  const V::I centred = V::isub(sum, V::imul(V::iset1(x_zero), code_sum));
-  const V::F exact = V::to_f(V::isub(centred, V::imul(z.integer, V::iset1(x_total))));
-  const V::F total = V::set1(static_cast<float>(x_total));
-  if (kind == ZeroKind::kFloat) return V::mul(V::sub(exact, V::mul(z.rest, total)), z.scale);
-  if (kind == ZeroKind::kOffset) return V::add(V::mul(exact, z.scale), V::mul(z.rest, total));
-  return V::mul(exact, z.scale);
 }
 
 template <int MR, bool kAsymmetric, int kBits>

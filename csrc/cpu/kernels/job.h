@@ -60,6 +60,9 @@ struct Activations {
   const SplitSegment* split;      // [M, segments]
   const Spilled* spilled;         // [M, stride], as many of each row as the next says
   const int32_t* spilled_counts;  // [M]
+  // Tiles of 16 rows (kernels/amx.h), for kernels that multiply those; x is the sum of so many of them.
+  const uint8_t* tiles;
+  int tile_planes;
 };
 
 struct Output {
@@ -172,6 +175,7 @@ struct IsaKernels {
   PlaneKernels planes;
   // The largest M for gemm_stream: two passes over a strip, the second of them from cache.
   int64_t stream_rows;
+  const struct AmxKernels* amx;  // kernels/amx.h, or null
 };
 
 const IsaKernels& kernels_portable();

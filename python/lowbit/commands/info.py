@@ -72,6 +72,7 @@ def collect() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "isa": _C.isa(),
             "isa_available": _C.isa_levels(),
+            "isa_refused": _C.isa_refusals(),
             "features": sorted(name for name, there in _C.cpu_features().items() if there),
             "LOWBIT_ISA": os.environ.get("LOWBIT_ISA"),
             "strict": _C.strict(),
@@ -207,6 +208,7 @@ def _show(found: Mapping[str, Any]) -> None:
         ("cpu features", ", ".join(cpu["features"])),
         ("instruction set in use", cpu["isa"] + (" (LOWBIT_ISA)" if cpu["LOWBIT_ISA"] else "")),
         ("instruction sets here", ", ".join(cpu["isa_available"])),
+        *((f"why not {name}", reason) for name, reason in cpu["isa_refused"].items()),
         ("strict", "yes: a general kernel is an error" if cpu["strict"] else "no"),
     ]
     rows += [(name, value if isinstance(value, str) else _words(value)) for name, value in found["devices"].items()]
