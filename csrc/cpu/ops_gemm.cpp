@@ -56,11 +56,22 @@ void run_gemm(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t
   }
 }
 
-// A row of 16-bit values, gathered and padded with zeros.
+// A row of 16-bit values, gathered and padded with zeros, the middle two of every four exchanged: the order in which
+// decode_bf16-inl.h makes pairs.
 void load_bfloats(const Rows& rows, const int32_t* perm, int64_t m, uint16_t* to, int64_t stride) {
   const uint16_t* row = reinterpret_cast<const uint16_t*>(rows.data) + m * rows.stride;
-  for (int64_t k = 0; k < rows.K; ++k) to[k] = row[perm == nullptr ? k : perm[k]];
-  std::fill(to + rows.K, to + stride, uint16_t{0});
+  const int64_t whole = perm == nullptr ? rows.K / 4 * 4 : 0;
+  for (int64_t k = 0; k < whole; k += 4) {
+    to[k] = row[k];
+    to[k + 1] = row[k + 2];
+    to[k + 2] = row[k + 1];
+    to[k + 3] = row[k + 3];
+  }
+  std::fill(to + whole, to + stride, uint16_t{0});
+  for (int64_t k = whole; k < rows.K; ++k) {
+    const int64_t exchanged = k % 4 == 1 ? k + 1 : k % 4 == 2 ? k - 1 : k;
+    to[exchanged] = row[perm == nullptr ? k : perm[k]];
+  }
 }
 
 // Tiles of rows [0, count) of `source`, 16 at a time, from row m0 on.
@@ -130,8 +141,8 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   }
   if (row.x == XForm::kTiles) return gemm_on_tiles(row, isa, job, rows.M, source, scratch);
   const bool as_bf16 = row.x == XForm::kBFloats;
-  // Rows that are in the kernel's dtype and need no padding and no gather are read where they are.
-  const bool direct = (as_bf16 || element == Element::kFloat32) && weight.perm == nullptr &&
+  // Rows of fp32 that need no padding and no gather are read where they are.
+  const bool direct = !as_bf16 && element == Element::kFloat32 && weight.perm == nullptr &&
                       K == weight.tile.K_padded;
   const int64_t stride = direct ? rows.stride : weight.tile.K_padded;
   const int64_t count = direct ? 0 : std::min<int64_t>(rows.M, kMaxRows) * stride;
@@ -139,10 +150,8 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   uint16_t* bfloats = as_bf16 ? scratch.take<uint16_t>(count) : nullptr;
   run_gemm(row, isa, job, rows.M, kMaxRows, [&](int64_t m0, Activations& a) {
     a.stride = stride;
-    a.values =
-        direct && !as_bf16 ? reinterpret_cast<const float*>(rows.data) + m0 * stride : values;
-    a.bfloats =
-        direct && as_bf16 ? reinterpret_cast<const uint16_t*>(rows.data) + m0 * stride : bfloats;
+    a.values = direct ? reinterpret_cast<const float*>(rows.data) + m0 * stride : values;
+    a.bfloats = bfloats;
     if (direct) return;
     parallel_items(a.M, K, [&](int64_t begin, int64_t end) {
       if (as_bf16) {

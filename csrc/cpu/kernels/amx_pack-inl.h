@@ -1,7 +1,7 @@
 // Rows of x as AMX A tiles: 16 rows of 64 bytes, contiguous, so that a tile load touches 16 cache lines of 16 different
 // sets; rows 8 KiB apart would share one. Included after V and rows-inl.h's load_floats; x86-64 only.
 
-// Within each four k the order is k0, k2, k1, k3, that of amx_decode-inl.h.
+// Within each four k the order is k0, k2, k1, k3, that of decode_bf16-inl.h.
 inline V::I tile_order(V::I row) {
   const __m128i quads = _mm_set_epi8(15, 14, 11, 10, 13, 12, 9, 8, 7, 6, 3, 2, 5, 4, 1, 0);
   return _mm512_shuffle_epi8(row, _mm512_broadcast_i32x4(quads));

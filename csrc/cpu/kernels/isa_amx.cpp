@@ -16,7 +16,7 @@ namespace isa_amx {
 #include "cpu/kernels/segment-inl.h"
 #include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/amx_panels-inl.h"
-#include "cpu/kernels/amx_decode-inl.h"
+#include "cpu/kernels/decode_bf16-inl.h"
 #include "cpu/kernels/amx_pack-inl.h"
 #include "cpu/kernels/amx_tiles-inl.h"
 #include "cpu/kernels/gemm_amx-inl.h"

@@ -11,6 +11,7 @@ namespace isa_avx512bf16 {
 // clang-format off: V first, then what is written against it
 #include "cpu/kernels/simd_avx512.h"
 #include "cpu/kernels/codec-inl.h"
+#include "cpu/kernels/decode_bf16-inl.h"
 #include "cpu/kernels/epilogue-inl.h"
 #include "cpu/kernels/gemm_panel_bf16-inl.h"
 // clang-format on

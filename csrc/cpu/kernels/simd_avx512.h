@@ -134,11 +134,6 @@ struct V {
 #endif
 
 #if defined(__AVX512BF16__)
-  // The upper halves of two floats as one pair per lane: exact for values that are exact in bf16.
-  static I pair_bf16(F even, F odd) {
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(even), 16),
-                                   _mm512_castps_si512(odd));
-  }
   static I broadcast_pair(const uint16_t* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, 4);

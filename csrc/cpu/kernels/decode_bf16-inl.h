@@ -1,8 +1,8 @@
-// From the bytes of a block (32 k of 16 rows) to AMX B tiles. Included after V and codec-inl.h; x86-64 only.
+// From the bytes of a block (32 k of 16 rows) to pairs of bf16, and to AMX B tiles. Included after V and codec-inl.h; x86-64 only.
 //
 // bf16: one tile, 16 rows of 64 bytes; a 32-bit lane holds two k of one output row. Rows 2Q and 2Q + 1 of the tile are
 // quad Q of the block as (k0, k2) and (k1, k3): that order costs one shift of a register of codes where (k0, k1) costs a
-// permutation, and amx_pack-inl.h gives x the same one.
+// permutation, and x is given the same one (amx_pack-inl.h, ops_gemm.cpp).
 // int8: half a tile, 8 rows of four k: quads as they are.
 //
 // A decoder is a plain function, called once per 512 weights, so that the blocking around it is compiled once and not
