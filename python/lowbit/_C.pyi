@@ -68,7 +68,10 @@ def isa_refusals() -> dict[str, str]:
     """Instruction sets that this build has and this machine cannot run, with the reason where it is not plain."""
 
 def kernel_table(compiled: bool = False) -> list[dict[str, Any]]:
-    """One row per CPU kernel and instruction set of this machine (or of this build), and per CUDA kernel: backend, op, name, isa, general, takes."""
+    """One row per CPU kernel and instruction set of this machine (or of this build), and per CUDA kernel.
+
+    Keys: backend, op, name, isa, general, takes.
+    """
 
 def make_desc(
     format: int, group_size: int, zero_kind: int, scale_dtype: int, scaling: int, has_perm: bool, layout: int
