@@ -29,6 +29,19 @@ set(LOWBIT_ISA_avx512bf16_flags ${LOWBIT_ISA_avx512vnni_flags} -mavx512bf16)
 set(LOWBIT_ISA_amx_arch x86_64)
 set(LOWBIT_ISA_amx_flags ${LOWBIT_ISA_avx512bf16_flags} -mamx-tile -mamx-int8 -mamx-bf16)
 
+set(LOWBIT_ISA_neon_arch arm64)
+set(LOWBIT_ISA_neon_flags "")
+# Scheduling before registers are assigned makes gcc spill half of what it computes: twice the instructions.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  set(LOWBIT_ISA_neon_flags -fno-schedule-insns)
+endif()
+
+set(LOWBIT_ISA_neondotprod_arch arm64)
+set(LOWBIT_ISA_neondotprod_flags ${LOWBIT_ISA_neon_flags} -march=armv8.2-a+dotprod)
+
+set(LOWBIT_ISA_neoni8mm_arch arm64)
+set(LOWBIT_ISA_neoni8mm_flags ${LOWBIT_ISA_neon_flags} -march=armv8.2-a+dotprod+i8mm)
+
 # The architecture compiled for, as the rows above spell it.
 function(lowbit_target_arch out)
   string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" arch)

@@ -41,7 +41,8 @@ Kind = tuple[str, str, str]  # format, zero kind, scaling
 def compiled() -> list[str]:
     """Instruction sets in this build, whatever the machine has."""
     found = []
-    for isa in ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable"):
+    levels = ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "neoni8mm", "neondotprod", "neon", "portable")
+    for isa in levels:
         with contextlib.suppress(ValueError):
             _C.explain("gemm", f"cpu:{isa}", 1, 1, 1, _C.make_desc(3, -1, 0, 0, 0, False, 1), "float32", 0)
             found.append(isa)
@@ -246,6 +247,9 @@ def page() -> str:
         "| CPU, x86-64: AVX2, AVX-512, with VNNI and VBMI, and with bf16 (AMD) | works; chosen at run time |",
         "| CPU, x86-64 with AMX | works on a software model of the tile instructions; not yet measured on hardware "
         "([amx.md](amx.md)) |",
+        "| CPU, AArch64: NEON, with dot products, and with 8-bit matrix products | chosen at run time; run under qemu "
+        "in the tests, not yet timed on such a CPU. `planes_i8` as under `avx512vnni` (with dot products up to six bits, "
+        "with NEON alone not); all else as under `avx2` |",
         "| CPU, any other (portable C++) | works; what this page says of `portable` holds |",
         "| CUDA, compute capability 8.0 (Ampere) to 12.x (RTX Blackwell) | every op; run in the emulator of the tests, "
         "not yet on a GPU |",

@@ -4,6 +4,9 @@
 #include <cstdlib>
 
 #include "cpu/amx.h"
+#if defined(__aarch64__)
+#include "cpu/arm_features.h"
+#endif
 
 namespace lowbit {
 namespace {
@@ -48,6 +51,11 @@ const std::vector<Level>& levels() {
     found.push_back({&kernels_avx512vnni(), vnni});
     found.push_back({&kernels_avx512(), avx512});
     found.push_back({&kernels_avx2(), avx2});
+#elif defined(__aarch64__)
+    const ArmFeatures arm = arm_features();
+    found.push_back({&kernels_neoni8mm(), arm.dotprod && arm.i8mm});
+    found.push_back({&kernels_neondotprod(), arm.dotprod});
+    found.push_back({&kernels_neon(), true});
 #endif
     found.push_back({&kernels_portable(), true});
     return found;
@@ -179,7 +187,10 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
 #undef LOWBIT_FEATURE
   for (auto& feature : amx_features()) features.push_back(std::move(feature));
 #elif defined(__aarch64__)
+  const ArmFeatures arm = arm_features();
   features.emplace_back("neon", true);
+  features.emplace_back("dotprod", arm.dotprod);
+  features.emplace_back("i8mm", arm.i8mm);
 #endif
   return features;
 }

@@ -31,7 +31,8 @@ LOWBIT_API void set_extra_isa(const std::string& name, const AmxKernels* tiles);
 // What the CPU and the operating system offer, by name.
 LOWBIT_API std::vector<std::pair<std::string, bool>> cpu_features();
 
-const IsaKernels& kernels();                             // of the level in use
-const IsaKernels* kernels_of(const std::string& level);  // any level compiled in, or null
+const IsaKernels& kernels();  // of the level in use
+LOWBIT_API const IsaKernels* kernels_of(
+    const std::string& level);  // any level compiled in, or null
 
 }  // namespace lowbit

@@ -5,7 +5,7 @@
 #include "cpu/amx.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/general.h"
-#include "cpu/split.h"
+#include "cpu/plane_shape.h"
 #include "formats/format_table.h"
 
 namespace lowbit {

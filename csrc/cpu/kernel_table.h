@@ -29,7 +29,7 @@ struct KernelRow {
   void (*grad)(const IsaKernels& isa, const GradJob& job, int64_t begin, int64_t end);
 };
 
-const std::vector<KernelRow>& kernel_table();
+LOWBIT_API const std::vector<KernelRow>& kernel_table();
 
 inline bool reads_tiles(const KernelRow& row) {
   return row.x == XForm::kTiles || row.x == XForm::kCodeTiles;

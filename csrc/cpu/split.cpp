@@ -3,32 +3,17 @@
 #include <algorithm>
 
 #include "common/tensor.h"
+#include "cpu/plane_shape.h"
 #include "cpu/workspace.h"
 
 namespace lowbit {
-namespace {
-
-constexpr int kMostPlanes = 4;
-
-// Segments end with their group or a whole block: a group that holds all of K need not end with one.
-struct Segments {
-  int64_t length, per_group;
-
-  explicit Segments(int64_t group_size)
-      : length(std::min<int64_t>(round_up(group_size, 32), kSplitSegment)),
-        per_group(div_up(group_size, length)) {}
-};
-
-}  // namespace
-
-int plane_count(Element dtype) { return dtype == Element::kBFloat16 ? 2 : kMostPlanes; }
 
 int64_t split_scratch_bytes(int64_t M, const CpuTile16& tile) {
   const int64_t rows = std::min<int64_t>(M, kMaxPlaneRows);
   const int64_t elements = rows * tile.K_padded;
   return scratch_bytes(elements, sizeof(float)) + scratch_bytes(elements * kMostPlanes, 1) +
          scratch_bytes(elements, sizeof(Spilled)) + scratch_bytes(rows, sizeof(int32_t)) +
-         scratch_bytes(rows * tile.shape.groups * Segments(tile.shape.group_size).per_group,
+         scratch_bytes(rows * tile.shape.groups * PlaneSegments(tile.shape.group_size).per_group,
                        sizeof(SplitSegment));
 }
 
@@ -37,8 +22,8 @@ SplitRows::SplitRows(const WeightView& w, Element dtype, int64_t M, Scratch& scr
   job_.stride = w.K_padded;
   job_.group_size = w.group_size;
   job_.groups = w.groups;
-  job_.segment = Segments(w.group_size).length;
-  job_.segments_per_group = Segments(w.group_size).per_group;
+  job_.segment = PlaneSegments(w.group_size).length;
+  job_.segments_per_group = PlaneSegments(w.group_size).per_group;
   job_.plane_count = plane_count(dtype);
   job_.values = values_ = scratch.take<float>(elements);
   job_.planes = scratch.take<int8_t>(elements * job_.plane_count);

@@ -7,9 +7,6 @@
 
 namespace lowbit {
 
-// Digits that hold most elements of a dtype exactly (kernels/split_rows-inl.h).
-int plane_count(Element dtype);
-
 // Scratch for all buffers of a chunk of rows, fp32 rows included.
 int64_t split_scratch_bytes(int64_t M, const CpuTile16& tile);
 

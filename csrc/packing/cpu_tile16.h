@@ -53,7 +53,7 @@ struct CpuTile16 {
   int64_t total_bytes;
 };
 
-CpuTile16 cpu_tile16(int64_t N, int64_t K, const Desc& desc);
+LOWBIT_API CpuTile16 cpu_tile16(int64_t N, int64_t K, const Desc& desc);
 
 // One strip of the kernel layout from canonical tensors, and back. `scratch` is K_padded * 16 bytes.
 void pack_strip(const CpuTile16& tile, const CanonicalConst& from, int64_t strip, uint8_t* to,

@@ -42,14 +42,14 @@ def compiler() -> str:
     return found
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command)}\n{done.stdout[-8000:]}")
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Two test runs may want the same build."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
@@ -93,13 +93,13 @@ def build(
     }
     key = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:12]
     folder = CACHE / f"{'-'.join(['san' if sanitize else 'plain', *(['one'] if one_format else [])])}-{key}"
-    with _locked(folder):
+    with locked(folder):
         if not (folder / "CMakeCache.txt").exists():
             ninja = tool("ninja")
             generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-            _run([cmake, "-S", str(HERE), "-B", str(folder), *generator, *(f"-D{k}={v}" for k, v in options.items())])
+            run([cmake, "-S", str(HERE), "-B", str(folder), *generator, *(f"-D{k}={v}" for k, v in options.items())])
         count = jobs or len(os.sched_getaffinity(0))
-        _run([cmake, "--build", str(folder), "--target", target, "--parallel", str(count)])
+        run([cmake, "--build", str(folder), "--target", target, "--parallel", str(count)])
     return folder / (target if target == "self_test" else f"lib{target}.so")
 
 

@@ -5,6 +5,11 @@
 
 // ---- codes: quad Q of a block as four u8 codes per 32-bit lane -----------------------------------------------------
 
+// Functions that must be inlined where one register of V is several of the machine's: values would go through memory.
+#if !defined(LOWBIT_INLINE)
+#define LOWBIT_INLINE
+#endif
+
 template <int kBits>
 struct Codes;
 
@@ -20,7 +25,7 @@ V::I code_at(const uint8_t* b, uint32_t k) {
 template <>
 struct Codes<8> {
   template <int Q>
-  static V::I quad(const uint8_t* b) {
+  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
     return V::iload(b + 64 * Q);
   }
   static V::I at(const uint8_t* b, uint32_t k) { return code_at<8>(b, k); }
@@ -28,31 +33,34 @@ struct Codes<8> {
 template <>
 struct Codes<4> {
   template <int Q>
-  static V::I quad(const uint8_t* b) {
-    return V::band(V::shr<Q % 2 * 4>(V::iload(b + Q / 2 * 64)), V::iset1(0x0f0f0f0f));
+  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
+    const V::I bytes = V::iload(b + Q / 2 * 64);
+    return Q % 2 == 1 ? V::shr8<4>(bytes) : V::band(bytes, V::iset1(0x0f0f0f0f));
   }
   static V::I at(const uint8_t* b, uint32_t k) { return code_at<4>(b, k); }
 };
 template <>
 struct Codes<2> {
   template <int Q>
-  static V::I quad(const uint8_t* b) {
-    return V::band(V::shr<Q % 4 * 2>(V::iload(b + Q / 4 * 64)), V::iset1(0x03030303));
+  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
+    const V::I bytes = V::iload(b + Q / 4 * 64);
+    return Q % 4 == 3 ? V::shr8<6>(bytes) : V::band(V::shr<Q % 4 * 2>(bytes), V::iset1(0x03030303));
   }
   static V::I at(const uint8_t* b, uint32_t k) { return code_at<2>(b, k); }
 };
 template <>
 struct Codes<1> {
   template <int Q>
-  static V::I quad(const uint8_t* b) {
-    return V::band(V::shr<Q>(V::iload(b)), V::iset1(0x01010101));
+  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
+    const V::I bytes = V::iload(b);
+    return Q == 7 ? V::shr8<7>(bytes) : V::band(V::shr<Q>(bytes), V::iset1(0x01010101));
   }
   static V::I at(const uint8_t* b, uint32_t k) { return code_at<1>(b, k); }
 };
 template <int kLow, int kHigh>
 struct TwoPlanes {
   template <int Q>
-  static V::I quad(const uint8_t* b) {
+  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
     constexpr int kLowBytes = 16 * 32 * kLow / 8;
     return V::bor(Codes<kLow>::template quad<Q>(b),
                   V::shl<kLow>(Codes<kHigh>::template quad<Q>(b + kLowBytes)));
@@ -70,7 +78,7 @@ struct Codes<6> : TwoPlanes<4, 2> {};
 
 // Adds four u8 codes of kBits times four s8 values to every 32-bit lane.
 template <int kBits>
-V::I dot_codes(V::I sums, V::I codes, V::I x) {
+LOWBIT_INLINE inline V::I dot_codes(V::I sums, V::I codes, V::I x) {
 #if defined(LOWBIT_SMALL_DOT)
   if constexpr (kBits <= 6) return V::dot4_small(sums, codes, x);
 #endif
@@ -79,7 +87,7 @@ V::I dot_codes(V::I sums, V::I codes, V::I x) {
 
 // Element J of a quad, in the low byte of each lane.
 template <int J>
-V::I lane(V::I codes) {
+LOWBIT_INLINE inline V::I lane(V::I codes) {
   if constexpr (J == 3) {
     return V::shr<24>(codes);
   } else {
@@ -139,7 +147,7 @@ struct IntCodec {
   explicit IntCodec(const WeightView&) : table(make_table()) {}
 
   template <int Q, int J>
-  V::F value(const uint8_t* block, const Group& g) const {
+  LOWBIT_INLINE V::F value(const uint8_t* block, const Group& g) const {
     const V::F q = code<Q, J>(block);
     if constexpr (kZeros == Zeros::kMiddle) {
       return q;
@@ -167,7 +175,10 @@ struct IntCodec {
   }
 
   template <int Q, int J>
-  V::F code(const uint8_t* block) const {
+  LOWBIT_INLINE V::F code(const uint8_t* block) const {
+#if defined(LOWBIT_QUAD_DECODE)
+    return V::code_float<J, kMiddle>(Codes<kBits>::template quad<Q>(block));
+#else
     if constexpr (kUseLut && kBits == 4) {
       // One shift: the table look-up ignores what stands above the nibble.
       return V::lut16(V::shr<8 * J + Q % 2 * 4>(V::iload(block + Q / 2 * 64)), table);
@@ -177,10 +188,12 @@ struct IntCodec {
       const V::F q = V::to_f(lane<J>(Codes<kBits>::template quad<Q>(block)));
       return kMiddle == 0 ? q : V::sub(q, V::set1(static_cast<float>(kMiddle)));
     }
+#endif
   }
 };
 
-// Four-bit code books: NF4, FP4.
+// Four-bit code books. kHalves: the levels are small multiples of 1/2, and V can make use of that.
+template <bool kHalves>
 struct Code4Codec {
   static constexpr bool kScaledInside = false;
   V::Lut table;
@@ -188,10 +201,35 @@ struct Code4Codec {
   explicit Code4Codec(const WeightView& w) : table(V::make_lut(w.code)) {}
 
   template <int Q, int J>
-  V::F value(const uint8_t* block, const Group&) const {
+  LOWBIT_INLINE V::F value(const uint8_t* block, const Group&) const {
+#if defined(LOWBIT_QUAD_DECODE)
+    return V::look_up<J, kHalves>(Codes<4>::quad<Q>(block), table);
+#else
     return V::lut16(V::shr<8 * J + Q % 2 * 4>(V::iload(block + Q / 2 * 64)), table);
+#endif
   }
 };
+
+#if defined(LOWBIT_QUAD_DECODE)
+using Fp4Codec = Code4Codec<true>;
+
+// V decodes the four elements of a quad itself; what they have in common is computed once.
+template <bool kE4m3>
+struct Fp8QuadCodec {
+  static constexpr bool kScaledInside = false;
+
+  explicit Fp8QuadCodec(const WeightView&) {}
+
+  template <int Q, int J>
+  LOWBIT_INLINE V::F value(const uint8_t* block, const Group&) const {
+    return V::fp8_float<J, kE4m3>(Codes<8>::quad<Q>(block));
+  }
+};
+
+using E4m3Codec = Fp8QuadCodec<true>;
+using E5m2Codec = Fp8QuadCodec<false>;
+#else
+using Fp4Codec = Code4Codec<false>;
 
 // FP8, by moving the bits to where fp32 has them. Subnormals are converted as integers, so that no subnormal fp32 is
 // ever an operand (a thread may flush those to zero). E4M3's NaN is all ones; E5M2 has IEEE's.
@@ -203,7 +241,7 @@ struct Fp8Codec {
   explicit Fp8Codec(const WeightView&) {}
 
   template <int Q, int J>
-  V::F value(const uint8_t* block, const Group&) const {
+  LOWBIT_INLINE V::F value(const uint8_t* block, const Group&) const {
     const V::I codes = lane<J>(Codes<8>::quad<Q>(block));
     const V::I magnitude = V::band(codes, V::iset1(0x7f));
     const V::I sign = V::shl<24>(V::band(codes, V::iset1(0x80)));
@@ -252,7 +290,7 @@ struct Fp8TableCodec {
   }
 
   template <int Q, int J>
-  V::F value(const uint8_t* block, const Group&) const {
+  LOWBIT_INLINE V::F value(const uint8_t* block, const Group&) const {
     const V::I codes = Codes<8>::quad<Q>(block);
     const V::I sign = V::band(codes, V::iset1(static_cast<int32_t>(0x80808080u)));
     return V::float_of_halves<J>(V::lut128(codes, low), V::bor(V::lut128(codes, high), sign));
@@ -264,6 +302,7 @@ using E5m2Codec = Fp8TableCodec;
 #else
 using E4m3Codec = Fp8Codec<4, 3, false>;
 using E5m2Codec = Fp8Codec<5, 2, true>;
+#endif
 #endif
 
 // ---- from a format id to a codec type -------------------------------------------------------------------------------
@@ -300,7 +339,8 @@ void with_codec(const WeightView& w, const Action& action) {
     case Format::kFp8E5m2:
       return action(E5m2Codec(w));
     case Format::kFp4E2m1:
+      return action(Fp4Codec(w));
     case Format::kNf4:
-      return action(Code4Codec(w));
+      return action(Code4Codec<false>(w));
   }
 }

@@ -23,9 +23,8 @@ void multiply_panel(const float* x, int64_t x_stride, const float* panel, int64_
     for (int s = 0; s < NR; ++s) w[s] = V::load(panel + (s * kPanelK + k) * 16);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      const V::F xm = V::set1(x[m * x_stride + k]);
 #pragma GCC unroll 4
-      for (int s = 0; s < NR; ++s) acc[m][s] = V::fma(w[s], xm, acc[m][s]);
+      for (int s = 0; s < NR; ++s) acc[m][s] = V::fma1(w[s], x + m * x_stride + k, acc[m][s]);
     }
   }
 #pragma GCC unroll 16

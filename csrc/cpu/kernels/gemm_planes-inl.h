@@ -239,6 +239,9 @@ void gemm_planes(const GemmJob& job, int64_t strip_begin, int64_t strip_end) {
 // product is one instruction, four up to three rows; where it is three, two win up to two rows and four for one.
 #if defined(LOWBIT_FAST_DOT)
 static const PlaneKernels kPlanes = {gemm_planes, split_rows, 8, INT64_MAX, 3, true};
+#elif defined( \
+    LOWBIT_SIGNED_DOT)  // one instruction too, for codes that are signed bytes as they are
+static const PlaneKernels kPlanes = {gemm_planes, split_rows, 6, INT64_MAX, 3, true};
 #else
 static const PlaneKernels kPlanes = {gemm_planes, split_rows, 6, 2, 1, false};
 #endif

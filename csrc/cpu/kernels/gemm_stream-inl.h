@@ -17,7 +17,7 @@ LOWBIT_UNROLLED inline void stream_element(const Codec& codec, const Group& grou
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
     V::F& sum = sums[m][J % kChains<MR>];
-    sum = V::fma(w, V::set1(x[m][k + 4 * Q + J]), sum);
+    sum = V::fma1(w, x[m] + k + 4 * Q + J, sum);
   }
 }
 

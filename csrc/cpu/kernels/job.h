@@ -187,6 +187,12 @@ const IsaKernels& kernels_avx2();
 const IsaKernels& kernels_avx512();
 const IsaKernels& kernels_avx512vnni();
 const IsaKernels& kernels_avx512bf16();
+#elif defined(__aarch64__)
+PlaneKernels planes_neondotprod();
+PlaneKernels planes_neoni8mm();
+const IsaKernels& kernels_neon();
+const IsaKernels& kernels_neondotprod();
+const IsaKernels& kernels_neoni8mm();
 #endif
 
 // Rows of x that one call of a gemm kernel may be given: it sizes the kernels' stack buffers.

@@ -24,6 +24,7 @@ struct V {
   static constexpr int kPlaneSums = 6;   // 12 of 16 registers
   static constexpr int kPanelRows = 6;
   static constexpr int kPanelStrips = 1;  // 6 x 2 accumulators
+  static constexpr int kDotRows = 8;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set1(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
@@ -38,6 +39,7 @@ struct V {
   static F fma(F a, F b, F c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
   }
+  static F fma1(F a, const float* x, F c) { return fma(a, set1(*x), c); }
 
   static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static I iset1(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
@@ -59,6 +61,10 @@ struct V {
   template <int kBits>
   static I shr(I a) {
     return {_mm256_srli_epi32(a.lo, kBits), _mm256_srli_epi32(a.hi, kBits)};
+  }
+  template <int kBits>
+  static I shr8(I a) {
+    return band(shr<kBits>(a), iset1((0xff >> kBits) * 0x01010101));
   }
   template <int kBits>
   static I shl(I a) {

@@ -27,6 +27,7 @@ struct V {
   static constexpr int kPlaneSums = 24;  // of 32 registers
   static constexpr int kPanelRows = 8;
   static constexpr int kPanelStrips = 2;  // 8 x 2 accumulators of 32 registers
+  static constexpr int kDotRows = 8;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float a) { return _mm512_set1_ps(a); }
@@ -36,6 +37,7 @@ struct V {
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fma1(F a, const float* x, F c) { return fma(a, set1(*x), c); }
 
   static I izero() { return _mm512_setzero_si512(); }
   static I iset1(int32_t a) { return _mm512_set1_epi32(a); }
@@ -49,6 +51,10 @@ struct V {
   template <int kBits>
   static I shr(I a) {
     return _mm512_srli_epi32(a, kBits);
+  }
+  template <int kBits>
+  static I shr8(I a) {
+    return band(shr<kBits>(a), iset1((0xff >> kBits) * 0x01010101));
   }
   template <int kBits>
   static I shl(I a) {

@@ -30,6 +30,7 @@ struct V {
   static constexpr int kStreamRows = 0;  // no stream kernel: its code would outgrow its gain
   static constexpr int kPanelRows = 2;
   static constexpr int kPanelStrips = 1;
+  static constexpr int kDotRows = 8;  // at least 4
 
   static F zero() { return F{}; }
   static F set1(float a) {
@@ -54,6 +55,7 @@ struct V {
   static F fma(F a, F b, F c) {
     return add(mul(a, b), c);
   }  // two roundings where the ISA has no fused one
+  static F fma1(F a, const float* x, F c) { return fma(a, set1(*x), c); }
 
   static I izero() { return I{}; }
   static I iset1(int32_t a) {
@@ -84,6 +86,10 @@ struct V {
   static I shr(I a) {  // logical
     return {{(I4)((U4)a.q[0] >> kBits), (I4)((U4)a.q[1] >> kBits), (I4)((U4)a.q[2] >> kBits),
              (I4)((U4)a.q[3] >> kBits)}};
+  }
+  template <int kBits>
+  static I shr8(I a) {  // every byte by itself
+    return band(shr<kBits>(a), iset1((0xff >> kBits) * 0x01010101));
   }
   template <int kBits>
   static I shl(I a) {

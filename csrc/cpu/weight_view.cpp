@@ -1,0 +1,31 @@
+#include "cpu/weight_view.h"
+
+namespace lowbit {
+
+WeightView weight_view(const CpuTile16& tile, const Desc& desc, const uint8_t* data) {
+  const CanonicalShape& s = tile.shape;
+  WeightView view;
+  view.data = data;
+  view.format = desc.format;
+  view.zero_kind = desc.zero_kind;
+  view.scale_dtype = desc.scale_dtype;
+  view.scale_bytes = s.scale_bytes;
+  view.zero_bytes = s.zero_bytes;
+  view.scales_per_group = tile.scales_per_group;
+  view.N = s.N;
+  view.K = s.K;
+  view.K_padded = tile.K_padded;
+  view.group_size = s.group_size;
+  view.groups = s.groups;
+  view.kb = tile.kb;
+  view.block_bytes = tile.block_bytes;
+  view.strip_bytes = tile.strip_bytes;
+  view.scales_offset = tile.scales_offset;
+  view.zeros_offset = tile.zeros_offset;
+  view.bits = s.bits;
+  view.code = format_info(desc.format).code;
+  view.tile = &tile;
+  return view;
+}
+
+}  // namespace lowbit
