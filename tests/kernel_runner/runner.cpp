@@ -110,6 +110,17 @@ int64_t bytes_of(Element element) {
                                                                      : 2;
 }
 
+// bf16 rows of x, gathered and padded; the middle two of every four are exchanged, the order of decode_bf16-inl.h.
+void load_bfloats(const Weight& w, const uint16_t* x, int64_t M, uint16_t* to) {
+  const int64_t K = w.view.K, stride = w.tile.K_padded;
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t k = 0; k < stride; ++k) {
+      const int64_t place = k % 4 == 1 ? k + 1 : k % 4 == 2 ? k - 1 : k;
+      to[m * stride + place] = k >= K ? 0 : x[m * K + (w.perm != nullptr ? w.perm[k] : k)];
+    }
+  }
+}
+
 // x [M, K] split into the planes of `row`, and a chunk of at most kMaxPlaneRows of them multiplied.
 void multiply_planes(const IsaKernels& isa, const KernelRow& row, const Weight& w,
                      const RowSource& x, int64_t m0, GemmJob job) {
@@ -155,6 +166,8 @@ Answer gemm(const IsaKernels& isa, const std::string& kernel, const Request& r) 
   std::string reason;
   if (row.refuse({op, M, N, K, w.desc, x_type, false, 0}, w.tile, isa, Why(&reason)))
     fail("refused: ", reason);
+  if (row.x == XForm::kTiles || row.x == XForm::kCodeTiles)
+    fail("refused: tiles of AMX are tested in test_amx.py, which models them");
 
   const int64_t stride = w.tile.K_padded;
   Blob y(M * N * bytes_of(y_type));
@@ -185,16 +198,8 @@ Answer gemm(const IsaKernels& isa, const std::string& kernel, const Request& r) 
     job.x.segment = r.numbers[6];
     job.x.segments_per_group = r.numbers[7];
   } else if (row.x == XForm::kBFloats) {
-    const uint16_t* x = r.blobs[1].as<uint16_t>();
-    uint16_t* to = prepared.as<uint16_t>();
-    for (int64_t m = 0; m < M; ++m) {
-      for (int64_t k = 0; k < stride; ++k) {
-        // The middle two of every four are exchanged: the order of decode_bf16-inl.h.
-        const int64_t place = k % 4 == 1 ? k + 1 : k % 4 == 2 ? k - 1 : k;
-        to[m * stride + place] = k >= K ? 0 : x[m * K + (w.perm != nullptr ? w.perm[k] : k)];
-      }
-    }
-    job.x.bfloats = to;
+    load_bfloats(w, r.blobs[1].as<uint16_t>(), M, prepared.as<uint16_t>());
+    job.x.bfloats = prepared.as<uint16_t>();
   } else {
     isa.load_rows({r.blobs[1].data(), x_type, K, K, w.perm, nullptr}, 0, M, prepared.as<float>(),
                   stride);
