@@ -63,7 +63,7 @@ oracles: build $(STAMPS)/oracles
 	  $(SHELL) -c 'for step in pack decode; do $(ORACLES)/bin/python tests/data/checkpoints/make.py $$step || exit 1; done'
 	$(ORACLES)/bin/python tests/data/checkpoints/make_written.py
 	CT_OLD=$(abspath $(ORACLES))/ct-old MODELOPT=$(abspath $(ORACLES))/modelopt \
-	  $(ORACLES)/bin/python -m pytest -m oracle tests/test_oracle_*.py $(ARGS)
+	  $(ORACLES)/bin/python -m pytest -m oracle tests/test_oracle_*.py tests/test_quality.py $(ARGS)
 	@git diff --stat -- tests/data || true
 
 bench: build $(STAMPS)/bench
