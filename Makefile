@@ -30,21 +30,22 @@ DEFINES := $(if $(filter off,$(CUDA)),-Ccmake.define.LOWBIT_CUDA=OFF,-Ccmake.def
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all oracles lint format mutants bench build wheel clean FORCE
+.PHONY: help demo test test-all oracles lint format mutants bench bench-ops build wheel clean FORCE
 
 help:
 	@echo "make demo      quantize a real text encoder and run it: size, speed and accuracy"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests, the slow ones included"
 	@echo "make oracles   what other libraries write and read, recorded again: tests/data/checkpoints"
-	@echo "make bench     the benchmarks"
+	@echo "make bench     times lowbit beside torch and every peer that pip can install; ten minutes, into bench/results"
+	@echo "make bench-ops times every op alone, by pytest-benchmark"
 	@echo "make mutants   whether the tests would notice a missing barrier or bounds check in a CUDA kernel"
 	@echo "make lint      ruff, mypy and clang-format;  make format applies what can be applied"
 	@echo "make build     environment and lowbit in editable form;  again after a C++ change"
 	@echo "make wheel     dist/: a source distribution, and a wheel built from it"
 	@echo "make clean     removes the environment and everything built"
 	@echo
-	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH='$(TORCH)'  CUDA='$(CUDA)'  ARGS=(pytest's)"
+	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH='$(TORCH)'  CUDA='$(CUDA)'  ARGS=(of the command)"
 
 demo: build $(STAMPS)/demo
 	$(BIN)/python examples/demo_minilm.py
@@ -67,6 +68,9 @@ oracles: build $(STAMPS)/oracles
 	@git diff --stat -- tests/data || true
 
 bench: build $(STAMPS)/bench
+	$(BIN)/python bench/record.py $(ARGS)
+
+bench-ops: build $(STAMPS)/bench
 	$(BIN)/python -m pytest bench $(ARGS)
 
 # Leaves out every barrier and bounds check of the CUDA kernels, one at a time: would a test notice?

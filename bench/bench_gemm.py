@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from conftest import SCHEMES, SHAPES, cold, contender
-from lowbit.commands._cases import STANDARD_MS, Shape
+from lowbit.commands._cases import STANDARD_A8_SCHEMES, STANDARD_MS, Shape
 
 
 @pytest.mark.parametrize("M", STANDARD_MS)  # the innermost loop, so that a weight is made once
-@pytest.mark.parametrize("name", [*SCHEMES, "int8-a8", "int4-g128-a8", "torch-bf16"])
+@pytest.mark.parametrize("name", [*SCHEMES, *STANDARD_A8_SCHEMES, "torch-bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_gemm(benchmark, name: str, M: int, shape: Shape) -> None:
     made = contender(name, shape)

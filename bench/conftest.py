@@ -11,8 +11,9 @@ import torch
 
 import lowbit
 from lowbit.commands._cases import STANDARD_SCHEMES, STANDARD_SHAPES, Shape
-from lowbit.commands._contenders import make_baseline, make_scheme
+from lowbit.commands._contenders import make_scheme
 from lowbit.commands._measure import Call
+from lowbit.commands._peers import make_peer
 from lowbit.scheme import Scheme
 
 SHAPES = [pytest.param(shape, id=str(shape)) for shape in STANDARD_SHAPES[:2]]
@@ -42,7 +43,7 @@ def dense(shape: Shape) -> torch.Tensor:
 @functools.lru_cache(maxsize=1)
 def contender(name: str, shape: Shape):
     """A scheme or a baseline on the weight of that shape, with as many copies as it takes to be cold."""
-    make = make_baseline if name.startswith("torch-") else lambda n, *rest: make_scheme(Scheme.parse(n), *rest)
+    make = make_peer if name.startswith("torch-") else lambda n, *rest: make_scheme(Scheme.parse(n), *rest)
     return make(name, dense(shape), torch.bfloat16, False)
 
 

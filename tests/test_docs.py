@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ import torch
 import lowbit
 from lowbit import _C, QuantizedWeight, Scheme
 from lowbit.cli import make_parser
-from lowbit.commands._cases import BASELINES
+from lowbit.commands._peers import BASELINES, PEERS
 from lowbit.scheme import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,8 +190,13 @@ def test_every_command_is_documented() -> None:
             for option in action.option_strings:
                 if option not in ("-h", "--help") and not (name == "info" and option == "--json"):
                     assert f"| `{option}" in section or f", `{option}" in section, f"lowbit {name} {option}"
-    for baseline in BASELINES:
-        assert f"`{baseline}`" in page, baseline
+
+
+def test_every_baseline_is_documented() -> None:
+    rows = [f"| `dequant` | | {BASELINES['dequant']} |"]
+    rows += [f"| `{peer.name}` | {peer.kind} | {peer.what} |" for peer in PEERS.values()]
+    table = "\n".join(["| baseline | weights and inputs | what it calls |", "|---|---|---|", *rows])
+    assert _between(_read("docs/cli.md"), "baselines").strip() == table
 
 
 @pytest.mark.parametrize("page", PAGES + PAPERS, ids=_name)
@@ -233,16 +239,18 @@ def _script(name: str) -> ModuleType:
     return module
 
 
-def test_speed_table_is_what_was_measured() -> None:
-    """The README's numbers are those of the result that it names; without one it has none."""
-    text = _between(_read("README.md"), "bench").strip()
-    source = re.search(r"\(bench/results/([\w.-]+)\.md\)", text)
-    if source is None:
-        assert not re.search(r"\d", text)
-        return
-    N, K, threads = re.search(r"W (\d+) x (\d+) .*?(\d+) thread", text).groups()  # type: ignore[union-attr]
-    wanted = _script("generate_bench").block(ROOT / "bench" / "results" / f"{source[1]}.json", f"{N}x{K}", int(threads))
-    assert text == wanted, "run: python docs/generate_bench.py"
+def test_speed_tables_are_what_was_measured() -> None:
+    """The numbers of the README and of docs/speed.md are those of the newest result, to the character."""
+    script = _script("generate_bench")
+    for page, text in script.pages(script.newest()).items():
+        assert text == _read(page), "run: python docs/generate_bench.py"
+
+
+def test_every_block_of_speed_is_on_a_page() -> None:
+    script = _script("generate_bench")
+    pages = "".join(_read(page) for page in script.PAGES)
+    made = script.blocks(json.loads(script.newest().read_text()), "x")
+    assert sorted(made) == sorted(re.findall(r"<!-- ([\w-]+):begin -->", pages.replace("schemes:begin", "")))
 
 
 @pytest.mark.skipif("avx2" not in _C.isa_levels(), reason="the page is about x86-64, and this CPU has no AVX2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,10 @@ import torch
 
 import lowbit
 from lowbit import _C
+from lowbit.commands import _peers
 from lowbit.commands._cases import Shape
-from lowbit.commands._contenders import Contender, make_baseline, make_dequantize, make_scheme
-from lowbit.commands._measure import Others, Roofline, Sample, cache_bytes, interleave, measure_roofline
+from lowbit.commands._contenders import Contender, check_product, make_dequantize, make_scheme
+from lowbit.commands._measure import Call, Others, Roofline, Sample, cache_bytes, interleave, measure_roofline
 from lowbit.commands.info import cpu_name
 from lowbit.scheme import Scheme
 
@@ -25,6 +27,11 @@ __all__ = ["DTYPES", "Settings", "run_benchmark"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 Say = Callable[[str], None]
+
+_TIME_UP = "the time was up"
+_PATIENCE_SECONDS = 3.0
+# How a contender says that it cannot: ours, torch's, and those of the libraries of peers.
+_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, ImportError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +42,12 @@ class Settings:
         shapes: of the weights.
         Ms: rows of x.
         schemes: lowbit's part.
-        baselines: names in `_cases.BASELINES`.
+        baselines: names in `_peers.BASELINES`.
         dtype: "bf16", "fp32" or "fp16", of x.
         threads: numbers of threads.
         warm: use one copy of each weight, which may stay in cache.
         seconds: for everything; what did not fit is named in the result.
+        batch_invariant: every scheme takes part a second time, with that flag.
     """
 
     shapes: Sequence[Shape]
@@ -50,6 +58,7 @@ class Settings:
     threads: Sequence[int] = (1,)
     warm: bool = False
     seconds: float = 60.0
+    batch_invariant: bool = False
 
 
 def run_benchmark(settings: Settings, say: Say = lambda text: None) -> dict[str, Any]:
@@ -71,11 +80,11 @@ def run_benchmark(settings: Settings, say: Say = lambda text: None) -> dict[str,
         try:
             rooflines = _rooflines(settings.threads, say)
             _run_shapes(settings, rooflines, result, say)
-            if not result["left_out"]:
+            if not any(entry["why"] == _TIME_UP for entry in result["left_out"]):
                 again = _rooflines(settings.threads, say)
                 rooflines = {n: roofline.merged(again[n]) for n, roofline in rooflines.items()}
             _finish(result, rooflines)
-            result["complete"] = not any(entry["why"] == "the time was up" for entry in result["left_out"])
+            result["complete"] = not any(entry["why"] == _TIME_UP for entry in result["left_out"])
         except KeyboardInterrupt:
             _finish(result, rooflines if result["rows"] else {})
             result["interrupted"] = True
@@ -93,9 +102,12 @@ def _nothing_recorded() -> Iterator[None]:
 
 def _about(settings: Settings) -> dict[str, Any]:
     now = datetime.datetime.now(datetime.timezone.utc)
+    missing = [{"name": name, "why": why} for name in settings.baselines if (why := _peers.absent(name))]
     return {
         "lowbit": lowbit.__version__,
         "torch": torch.__version__,
+        "versions": {"torch": torch.__version__, **_peers.versions(settings.baselines)},
+        "absent": missing,
         "device": cpu_name(),
         "cores": os.cpu_count(),
         "isa": _C.isa(),
@@ -126,27 +138,63 @@ def _run_shapes(settings: Settings, rooflines: dict[int, Roofline], result: dict
     to_do = len(cells) * len(settings.shapes)
     for shape in settings.shapes:
         if time.perf_counter() >= deadline:
-            result["left_out"].append({"shape": [shape.N, shape.K], "why": "the time was up"})
+            result["left_out"].append({"shape": [shape.N, shape.K], "why": _TIME_UP})
             continue
         say(f"{shape}: preparing weights")
+        began = time.perf_counter()
         torch.set_num_threads(max(settings.threads))
-        contenders = _contenders(settings, shape, result)
+        weight = torch.randn(shape.N, shape.K).to(torch.bfloat16)
+        contenders = _contenders(settings, shape, weight, result)
+        deadline += time.perf_counter() - began  # the budget is for measuring
+        slow: dict[int, dict[str, str]] = {threads: {} for threads in settings.threads}
         for threads, M in cells:
             left = deadline - time.perf_counter()
             if left <= 0:
                 about = {"shape": [shape.N, shape.K], "M": M, "threads": threads}
-                result["left_out"].append({**about, "why": "the time was up"})
+                result["left_out"].append({**about, "why": _TIME_UP})
                 continue
             torch.set_num_threads(threads)
             say(f"{shape}, M={M}, {threads} thread{'s' if threads > 1 else ''}")
             x = torch.randn(M, shape.K).to(DTYPES[settings.dtype])
+            began = time.perf_counter()
+            checked = _checked(contenders, x, weight, slow[threads], result)
+            deadline += time.perf_counter() - began
             others = Others()
-            samples = interleave({c.name: c.bind(x) for c in contenders}, left / to_do)
+            calls = {name: call for name, (call, _, _) in checked.items()}
+            samples = interleave(
+                calls, left / to_do, {name: took for name, (_, _, took) in checked.items()}, threads > 1
+            )
             conditions = _conditions(others.cores(), threads)
             to_do -= 1
             for contender in contenders:
-                row = _row(shape, M, threads, x, contender, samples[contender.name])
-                result["rows"].append({**row, **conditions})
+                if contender.name in checked:
+                    row = _row(shape, M, threads, x, contender, samples[contender.name])
+                    result["rows"].append({**row, "error": checked[contender.name][1], **conditions})
+
+
+def _checked(
+    contenders: Sequence[Contender], x: torch.Tensor, weight: torch.Tensor, slow: dict[str, str], result: dict[str, Any]
+) -> dict[str, tuple[Call, float, float]]:
+    """The calls that compute the product, their errors and the seconds of a first call. Who computes something else, refuses,
+    or takes very long (`slow`: and so would with more rows) is named in the result and not timed."""
+    found = {}
+    for contender in contenders:
+        try:
+            if contender.name in slow:
+                raise RuntimeError(slow[contender.name])
+            call = contender.bind(x)
+            began = time.perf_counter()
+            returned = call(0)
+            took = time.perf_counter() - began
+            error = check_product(contender, returned, x, weight)
+            if took > _PATIENCE_SECONDS:
+                slow[contender.name] = f"too slow to be timed: one call with M={len(x)} took {took:.1f} s"
+                raise RuntimeError(slow[contender.name])
+            found[contender.name] = call, error, took
+        except _REFUSALS as refusal:
+            about = {"shape": list(weight.shape), "M": len(x), "threads": torch.get_num_threads()}
+            result["left_out"].append({**about, "name": contender.name, "why": _first_line(refusal)})
+    return found
 
 
 def _conditions(others: float | None, threads: int) -> dict[str, Any]:
@@ -155,25 +203,33 @@ def _conditions(others: float | None, threads: int) -> dict[str, Any]:
     return {"others_cores": others, "contended": contended}
 
 
-def _contenders(settings: Settings, shape: Shape, result: dict[str, Any]) -> list[Contender]:
-    weight = torch.randn(shape.N, shape.K).to(torch.bfloat16)
-    dtype = DTYPES[settings.dtype]
+def _contenders(settings: Settings, shape: Shape, weight: torch.Tensor, result: dict[str, Any]) -> list[Contender]:
+    dtype, warm = DTYPES[settings.dtype], settings.warm
     makers: list[tuple[str, Callable[[], Contender]]] = []
+
+    def add(name: str, make: Callable[..., Contender], *arguments: Any) -> None:
+        makers.append((name, lambda: make(*arguments, weight, dtype, warm)))
+
     for scheme in settings.schemes:
-        makers.append((str(scheme), lambda s=scheme: make_scheme(s, weight, dtype, settings.warm)))  # type: ignore[misc]
+        add(str(scheme), make_scheme, scheme)
+        if settings.batch_invariant:
+            add(f"{scheme} batch-invariant", functools.partial(make_scheme, batch_invariant=True), scheme)
         if "dequant" in settings.baselines and scheme.activation is None:
-            makers.append((f"dequant {scheme}", lambda s=scheme: make_dequantize(s, weight, dtype, settings.warm)))  # type: ignore[misc]
+            add(f"dequant {scheme}", make_dequantize, scheme)
     for name in settings.baselines:
-        if name != "dequant":
-            makers.append((name, lambda n=name: make_baseline(n, weight, dtype, settings.warm)))  # type: ignore[misc]
+        if name != "dequant" and _peers.absent(name) is None:
+            add(name, _peers.make_peer, name)
     found = []
     for name, make in makers:
         try:
             found.append(make())
-        except (RuntimeError, ValueError, AttributeError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            result["left_out"].append({"shape": [shape.N, shape.K], "name": name, "why": why})
+        except _REFUSALS as error:
+            result["left_out"].append({"shape": [shape.N, shape.K], "name": name, "why": _first_line(error)})
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _row(shape: Shape, M: int, threads: int, x: torch.Tensor, contender: Contender, sample: Sample) -> dict[str, Any]:
@@ -185,6 +241,7 @@ def _row(shape: Shape, M: int, threads: int, x: torch.Tensor, contender: Contend
         "M": M,
         "threads": threads,
         "name": contender.name,
+        "kind": contender.kind,
         "baseline": contender.baseline,
         "kernel": contender.kernel(M),
         "int8": contender.int8,

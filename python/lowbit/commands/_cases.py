@@ -6,8 +6,10 @@ import dataclasses
 from typing import Final
 
 __all__ = [
-    "BASELINES",
     "MODELS",
+    "OTHER_SCHEMES",
+    "SMALL_SHAPES",
+    "STANDARD_A8_SCHEMES",
     "STANDARD_MS",
     "STANDARD_SCHEMES",
     "STANDARD_SHAPES",
@@ -60,18 +62,14 @@ MODELS: Final = {
 #: Where nothing else is asked for. N x K, so the second one is Llama-3.1-8B's gate_proj and the third its down_proj.
 STANDARD_SHAPES: Final = (Shape(4096, 4096), Shape(14336, 4096), Shape(4096, 14336))
 STANDARD_MS: Final = (1, 4, 16, 64, 256)
-STANDARD_SCHEMES: Final = ("int4-g128", "int4-g32-asym", "int8", "fp8", "nf4-g64")
-
-#: What one can compare with, and what it is.
-BASELINES: Final = {
-    "torch-bf16": "F.linear in bfloat16",
-    "torch-fp32": "F.linear in float32",
-    "torch-fp16": "F.linear in float16",
-    "dequant": "lowbit's dequantize, then F.linear, for each scheme",
-    "torch-int4pack": "torch._weight_int4pack_mm_for_cpu, groups of 128",
-    "torch-int4pack-g32": "torch._weight_int4pack_mm_for_cpu, groups of 32",
-    "torch-int8pack": "torch._weight_int8pack_mm, one scale per row",
-}
+STANDARD_SCHEMES: Final = ("int4-g128", "int4-g32", "int8", "fp8", "nf4-g64")
+STANDARD_A8_SCHEMES: Final = ("int4-g128-a8", "int8-a8")
+#: The other widths and forms: what they cost beside their own bytes.
+OTHER_SCHEMES: Final = (
+    "int2-g32-offset", "int3-g64-offset", "int4-g32-asym", "int5-g64", "int6-g64", "fp8-b128",
+)  # fmt: skip
+#: Of a small encoder, all-MiniLM-L6-v2: attention, and the two halves of its MLP.
+SMALL_SHAPES: Final = (Shape(384, 384), Shape(1536, 384), Shape(384, 1536))
 
 
 def model_shapes(name: str) -> list[Shape]:

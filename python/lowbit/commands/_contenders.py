@@ -1,25 +1,40 @@
-"""Who takes part in a comparison: lowbit's schemes, and what else torch can do with the same weight."""
+"""Who takes part in a comparison: what a contender is, how one is checked, and lowbit's own. Peers are in `_peers`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowbit import _selection, ops
+from lowbit import _C, _selection, ops
 from lowbit._canonical import preferred_layout
 from lowbit.commands._measure import Call, copies_for
 from lowbit.scheme import Scheme, format_info
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["Contender", "make_baseline", "make_dequantize", "make_scheme"]
+__all__ = [
+    "Contender",
+    "Wrong",
+    "check_product",
+    "copy_tensors",
+    "kind_of",
+    "make_dequantize",
+    "make_scheme",
+    "rotate",
+    "tolerance",
+]
 
 _CPU = torch.device("cpu")
-_BASELINE_DTYPES = {"torch-bf16": torch.bfloat16, "torch-fp32": torch.float32, "torch-fp16": torch.float16}
+# Static scales for normally distributed inputs: five standard deviations are the largest code.
+_STATIC_SCALES = {"int8": 5.0 / 127, "fp8_e4m3": 5.0 / 448}
+
+
+class Wrong(RuntimeError):
+    """A contender computes something else than the product."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,60 +43,124 @@ class Contender:
 
     Args:
         name: in tables.
+        kind: what is multiplied, such as "W4A16": bits of the weight and of its inputs. Only the same is comparable.
         nbytes: of one copy of the weight.
-        bind: given x [M, K], a function of the number of the call; copies are used in rotation.
+        bind: given x [M, K], a function of the number of the call; copies are used in rotation. It uses as many threads as
+            torch does when it is called.
         kernel: the kernel's name for M rows of x.
+        bits: of the weight; how far from the exact product a result may be.
         int8: whether inputs are quantized, so that 8-bit matmul sets its roof.
+        result: what a call returned, as a tensor [M, N].
     """
 
     name: str
+    kind: str
     nbytes: int
     bind: Callable[[Tensor], Call]
     kernel: Callable[[int], str]
+    bits: int = 16
     int8: bool = False
     baseline: bool = False
+    result: Callable[[Any], Tensor] = torch.as_tensor
 
 
-def _copies(tensors: tuple[Tensor, ...], warm: bool) -> list[tuple[Tensor, ...]]:
+def copy_tensors(tensors: tuple[Tensor, ...], warm: bool) -> list[tuple[Tensor, ...]]:
+    """As many copies as it takes for each to have left the caches when its turn comes again (`warm`: the one)."""
     count = copies_for(sum(t.nbytes for t in tensors), warm)
     return [tensors] + [tuple(t.clone() for t in tensors) for _ in range(count - 1)]
 
 
-def _rotate(copies: list[tuple[Tensor, ...]], call: Callable[..., object]) -> Call:
+def rotate(copies: Sequence[tuple[Any, ...]], call: Callable[..., object]) -> Call:
+    """`call` on the i-th copy, around and around."""
     count = len(copies)
     return lambda i: call(*copies[i % count])
 
 
-def make_scheme(scheme: Scheme, weight: Tensor, dtype: torch.dtype, warm: bool) -> Contender:
+def kind_of(scheme: Scheme) -> str:
+    """ "W4A16", "W8A8" and the like.
+
+    Example:
+        >>> kind_of(Scheme.parse("int4-g128-a8"))
+        'W4A8'
+    """
+    return f"W{scheme.bits}A{16 if scheme.activation is None else 8}"
+
+
+def tolerance(bits: int) -> float:
+    """The largest plausible relative error (of norms) of a product with normally distributed weights in that many bits."""
+    return {2: 0.7, 3: 0.35, 4: 0.2, 5: 0.1, 6: 0.06, 8: 0.06}.get(bits, 0.02)
+
+
+def check_product(contender: Contender, returned: object, x: Tensor, weight: Tensor) -> float:
+    """Compare what a call returned with the product in fp64, on up to 8 rows and 64 columns of it.
+
+    Args:
+        contender: whose call it was.
+        returned: by the call on x.
+        x: [M, K].
+        weight: [N, K], before it was quantized.
+
+    Returns:
+        The relative error, as the ratio of norms.
+
+    Raises:
+        Wrong: the shape is not [M, N], or the error is larger than quantizing explains.
+    """
+    y = contender.result(returned)
+    M, N = x.shape[0], weight.shape[0]
+    if tuple(y.shape) != (M, N):
+        raise Wrong(f"computes something else: a result of shape {list(y.shape)} instead of {[M, N]}")
+    rows = torch.linspace(0, M - 1, min(M, 8)).long()
+    columns = torch.linspace(0, N - 1, min(N, 64)).long()
+    wanted = x[rows].double() @ weight[columns].double().T
+    error = float((y[rows][:, columns].double() - wanted).norm() / wanted.norm())
+    if not error <= tolerance(contender.bits):
+        raise Wrong(
+            f"computes something else: relative error {error:.3g}, at most {tolerance(contender.bits)} is plausible"
+        )
+    return error
+
+
+# -- lowbit ------------------------------------------------------------------------------------------------------------------
+
+
+def make_scheme(
+    scheme: Scheme, weight: Tensor, dtype: torch.dtype, warm: bool, batch_invariant: bool = False
+) -> Contender:
     """lowbit: the op that `QuantizedLinear` calls; for schemes with activations, quantizing the input is included."""
     N, K = weight.shape
     quantized = QuantizedWeight.quantize(weight, dataclasses.replace(scheme, search=False))
     desc = scheme.desc(preferred_layout(_CPU, scheme))
-    copies = _copies((quantized.pack(),), warm)
+    flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
+    copies = copy_tensors((quantized.pack(),), warm)
     gemm, quantize, gemm_a8 = (getattr(torch.ops.lowbit, n).default for n in ("gemm", "quantize_activation", "gemm_a8"))
     if scheme.activation is None:
         op, asked = "gemm", str(dtype)
 
         def bind(x: Tensor) -> Call:
-            return _rotate(copies, lambda w: gemm(x, w, None, N, K, desc, 0))
+            return rotate(copies, lambda w: gemm(x, w, None, N, K, desc, flags))
     else:
         info = format_info(str(scheme.activation_format))
         group, symmetric = scheme.activation_group_size, scheme.activation_symmetric
         op, asked = "gemm_a8", "int8" if info.kind == "int" else "float8_e4m3fn"
-        fixed = (torch.ones(1), None if symmetric else torch.zeros(1, dtype=torch.int32))
+        fixed = torch.tensor([_STATIC_SCALES[info.name]]), None if symmetric else torch.zeros(1, dtype=torch.int32)
         scale, zero = fixed if scheme.activation_static else (None, None)
 
         def bind(x: Tensor) -> Call:
             def call(w: Tensor) -> Tensor:
                 xq, scales, zeros = quantize(x, info.id, group, scale, zero, None, symmetric)
-                return gemm_a8(xq, scales, None if symmetric else zeros, w, None, N, K, desc, 0, x.dtype)
+                return gemm_a8(xq, scales, None if symmetric else zeros, w, None, N, K, desc, flags, x.dtype)
 
-            return _rotate(copies, call)
+            return rotate(copies, call)
 
     def kernel(M: int) -> str:
-        return str(_selection.explain(op, M=M, N=N, K=K, scheme=scheme, dtype=asked).chosen)
+        answer = _selection.explain(op, M=M, N=N, K=K, scheme=scheme, dtype=asked, batch_invariant=batch_invariant)
+        return str(answer.chosen)
 
-    return Contender(str(scheme), copies[0][0].nbytes, bind, kernel, int8=scheme.activation is not None)
+    name = f"{scheme}{' batch-invariant' if batch_invariant else ''}"
+    return Contender(
+        name, kind_of(scheme), copies[0][0].nbytes, bind, kernel, scheme.bits, int8=scheme.activation is not None
+    )
 
 
 def make_dequantize(scheme: Scheme, weight: Tensor, dtype: torch.dtype, warm: bool) -> Contender:
@@ -89,59 +168,15 @@ def make_dequantize(scheme: Scheme, weight: Tensor, dtype: torch.dtype, warm: bo
     N, K = weight.shape
     q = QuantizedWeight.quantize(weight, dataclasses.replace(scheme, search=False))
     desc, third = scheme.desc(), q.zeros is not None
-    copies = _copies(tuple(t for t in (q.packed, q.scales, q.zeros) if t is not None), warm)
+    copies = copy_tensors(tuple(t for t in (q.packed, q.scales, q.zeros) if t is not None), warm)
 
     def bind(x: Tensor) -> Call:
         def call(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
             return F.linear(x, ops.dequantize(packed, scales, zeros if third else None, None, N, K, desc, dtype))
 
-        return _rotate(copies, call)
+        return rotate(copies, call)
 
     name = f"dequant {scheme}"
-    return Contender(name, q.nbytes, bind, lambda M: "dequantize, F.linear", baseline=True)
-
-
-def make_baseline(name: str, weight: Tensor, dtype: torch.dtype, warm: bool) -> Contender:
-    """One of torch's own.
-
-    Raises:
-        RuntimeError: torch cannot do it here; the message says why.
-    """
-    K = weight.shape[1]
-    if name in _BASELINE_DTYPES:
-        cast = _BASELINE_DTYPES[name]
-        copies = _copies((weight.to(cast),), warm)
-
-        def bind(x: Tensor) -> Call:
-            inputs = x.to(cast)
-            return _rotate(copies, lambda w: F.linear(inputs, w))
-
-        return Contender(name, copies[0][0].nbytes, bind, lambda M: "F.linear", baseline=True)
-    made = _int8pack(weight, dtype) if name == "torch-int8pack" else _int4pack(name, weight, dtype)
-    tensors, multiply, kernel = made
-    multiply(torch.ones(1, K, dtype=dtype), *tensors)  # refused here rather than in the middle of a run
-    copies = _copies(tensors, warm)
-    nbytes = sum(t.nbytes for t in tensors)
     return Contender(
-        name, nbytes, lambda x: _rotate(copies, lambda *w: multiply(x, *w)), lambda M: kernel, baseline=True
+        name, kind_of(scheme), q.nbytes, bind, lambda M: "dequantize, F.linear", scheme.bits, baseline=True
     )
-
-
-def _int8pack(weight: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Callable[..., Any], str]:
-    scales = weight.float().abs().amax(1) / 127
-    codes = (weight.float() / scales[:, None]).round().to(torch.int8)
-    return (codes, scales.to(dtype)), torch._weight_int8pack_mm, "_weight_int8pack_mm"
-
-
-def _int4pack(name: str, weight: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Callable[..., Any], str]:
-    N, K = weight.shape
-    group = 32 if name.endswith("-g32") else 128
-    if K % group:
-        raise RuntimeError(f"K={K} is not a multiple of {group}")
-    grouped = weight.float().view(N, K // group, group)
-    scales = grouped.abs().amax(2).clamp_min(1e-6) / 7.5
-    codes = ((grouped / scales[..., None]).round() + 8).clamp(0, 15).to(torch.int32).view(N, K)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-    pairs = torch.stack([scales, torch.zeros_like(scales)], 2).transpose(0, 1).contiguous().to(dtype)  # [G, N, 2]
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return (packed, pairs), lambda x, w, s: multiply(x, w, group, s), "_weight_int4pack_mm_for_cpu"

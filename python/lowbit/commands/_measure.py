@@ -29,6 +29,9 @@ Call = Callable[[int], object]
 _SAMPLE_SECONDS: Final = 1e-3
 _MAX_REPEATS: Final = 1024
 _MIN_ROUNDS: Final = 5
+_FEW_ROUNDS: Final = 3
+_REST_SECONDS: Final = 2e-3
+_LONG_SECONDS: Final = 20e-3
 _MAX_ROUNDS: Final = 200
 _UNKNOWN_CACHE: Final = 64 << 20
 
@@ -113,38 +116,55 @@ class Sample:
         return (high - low) / 2 / self.median
 
 
-def interleave(calls: Mapping[str, Call], seconds: float, seed: int = 0) -> dict[str, Sample]:
-    """Time every call in turns for about `seconds`, and at least five rounds.
+def interleave(
+    calls: Mapping[str, Call],
+    seconds: float,
+    first: Mapping[str, float] | None = None,
+    rest: bool = False,
+    seed: int = 0,
+) -> dict[str, Sample]:
+    """Time every call in turns for about `seconds`, and at least five rounds (three, where those take as long as that).
 
     Args:
         calls: name -> function of the number of the call, which picks the copy of the weight.
         seconds: for all of them together.
+        first: seconds that a first call has taken, of those that were called already. Long calls are not warmed up again.
+        rest: wait a little before each turn, because a library's idle threads spin for a while on the cores of the next.
         seed: of the order within rounds.
     """
     clock = time.perf_counter
-    deadline = clock() + seconds
+    begin = clock()
     used = dict.fromkeys(calls, 0)
     repeats = {}
     for name, call in calls.items():
-        call(0)  # the first call makes caches and threads
-        begin = clock()
-        call(1)
-        repeats[name] = min(_MAX_REPEATS, max(1, round(_SAMPLE_SECONDS / max(clock() - begin, 1e-9))))
+        took = (first or {}).get(name, 0.0)
+        if took < _LONG_SECONDS:
+            call(0)  # makes caches and threads
+            started = clock()
+            call(1)
+            took = clock() - started
+        repeats[name] = min(_MAX_REPEATS, max(1, round(_SAMPLE_SECONDS / max(took, 1e-9))))
         used[name] = 2
     found: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(seed)
     names = list(calls)
     for done in range(_MAX_ROUNDS):
-        if done >= _MIN_ROUNDS and clock() >= deadline:
+        spent = clock() - begin
+        if spent >= seconds and done >= (_MIN_ROUNDS if spent < 2 * seconds else _FEW_ROUNDS):
             break
         order.shuffle(names)
         for name in names:
-            call, first = calls[name], used[name]
-            last = used[name] = first + repeats[name]
-            begin = clock()
-            for i in range(first, last):
+            call, index = calls[name], used[name]
+            if rest:
+                time.sleep(_REST_SECONDS)
+                if repeats[name] > 1:
+                    call(index)  # the rest has put its own threads to sleep too
+                    index += 1
+            last = used[name] = index + repeats[name]
+            started = clock()
+            for i in range(index, last):
                 call(i)
-            found[name].append((clock() - begin) / repeats[name])
+            found[name].append((clock() - started) / repeats[name])
     return {name: Sample(tuple(values)) for name, values in found.items()}
 
 

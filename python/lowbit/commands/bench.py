@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from lowbit.commands import _output
 from lowbit.commands._benchmark import DTYPES, Settings, run_benchmark
-from lowbit.commands._cases import BASELINES, MODELS, STANDARD_SHAPES, Shape, model_shapes
+from lowbit.commands._cases import MODELS, STANDARD_SHAPES, Shape, model_shapes
+from lowbit.commands._peers import BASELINES, PEERS, expand
 from lowbit.scheme import Scheme
 
 __all__ = ["HEAD", "add_parser", "cells", "make_settings", "notes", "run", "show"]
@@ -36,7 +37,9 @@ _T = TypeVar("_T")
 def add_parser(commands: Any) -> None:
     """Describe the command."""
     models = "models: " + ", ".join(MODELS)
-    baselines = "baselines:\n" + "\n".join(f"  {name:<20} {what}" for name, what in BASELINES.items())
+    baselines = "baselines (peers: all but dequant; torch, onnxruntime, ...: all of one package):\n" + "\n".join(
+        f"  {name:<28} {what}" for name, what in BASELINES.items()
+    )
     parser = commands.add_parser(
         "bench",
         help="time the kernels beside torch and the roofline",
@@ -53,6 +56,7 @@ def add_parser(commands: Any) -> None:
         help="what to compare with, or none (default: torch-bf16)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bf16", help="of x")
     add("--threads", type=_list(_count), default=[os.cpu_count() or 1], help="numbers of threads (default: all cores)")
+    add("--batch-invariant", action="store_true", help="time every scheme with that flag too")
     add("--warm", action="store_true", help="one copy of each weight, which may stay in cache")
     add("--time-budget", metavar="SECONDS", type=_seconds, default=60.0, help="for all measurements")
     add("--plot", metavar="FILE.png", type=Path, help="draw the roofline with every case on it (needs matplotlib)")
@@ -86,7 +90,8 @@ def _model(text: str) -> str:
 
 
 def _baseline(text: str) -> str:
-    return _one_of(text, [*BASELINES, "none"], "baseline")
+    packages = dict.fromkeys(peer.package for peer in PEERS.values())
+    return _one_of(text, [*BASELINES, "peers", *packages, "none"], "baseline")
 
 
 def _scheme(text: str) -> Scheme:
@@ -140,11 +145,12 @@ def make_settings(args: argparse.Namespace) -> Settings:
         shapes=shapes or STANDARD_SHAPES,
         Ms=args.Ms,
         schemes=args.schemes or [Scheme.parse("int4-g128")],
-        baselines=[name for name in args.baselines if name != "none"],
+        baselines=expand(name for name in args.baselines if name != "none"),
         dtype=args.dtype,
         threads=args.threads,
         warm=args.warm,
         seconds=args.time_budget,
+        batch_invariant=args.batch_invariant,
     )
 
 
@@ -154,7 +160,20 @@ def _say(text: str) -> None:
 
 # -- for people --------------------------------------------------------------------------------------------------------------
 
-HEAD = ("N x K", "M", "threads", "what", "kernel", "median us", "±%", "GB/s", "TFLOP/s", "roofline", "x torch-bf16")
+HEAD = (
+    "N x K",
+    "M",
+    "threads",
+    "what",
+    "kernel",
+    "median us",
+    "±%",
+    "GB/s",
+    "TFLOP/s",
+    "roofline",
+    "x torch-bf16",
+    "error",
+)
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -164,6 +183,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['shape'][0]} x {row['shape'][1]}", str(row["M"]), str(row["threads"]), row["name"], row["kernel"],
         f"{row['median_us']:.1f}{mark}", f"{100 * row['spread']:.0f}", f"{row['GBps']:.1f}", f"{row['TFLOPs']:.3f}",
         f"{row['roofline_percent']:.0f}%", "" if ratio is None else f"{ratio:.2f}",
+        "" if row["error"] is None else f"{row['error']:.2g}",
     )  # fmt: skip
 
 
@@ -179,10 +199,12 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         peaks = ", ".join(f"{name} {value:.3f}" for name, value in roof["TFLOPs"].items() if value)
         threads = f"{roof['threads']} thread{'s' * (roof['threads'] > 1)}"
         lines.append(f"roofline, {threads}: read {roof['read_GBps']:.1f} GB/s; TFLOP/s: {peaks}")
+    lines += [f"absent: {entry['name']}: {entry['why']}" for entry in result["absent"]]
     for left in result["left_out"]:
         where = "x".join(map(str, left["shape"]))
-        what = left.get("name") or " ".join(f"{k}={left[k]}" for k in ("M", "threads") if k in left)
-        lines.append(f"left out: {where} {what}: {left['why']}")
+        cell = " ".join(f"{key}={left[key]}" for key in ("M", "threads") if key in left)
+        what = " ".join(part for part in (cell, left.get("name")) if part)
+        lines.append(f"left out: {where}{' ' if what else ''}{what}: {left['why']}")
     if contended := sum(bool(row.get("contended")) for row in result["rows"]):
         lines.append(
             f"*: {contended} of {len(result['rows'])} rows were measured while other processes wanted the same cores; "
