@@ -81,8 +81,8 @@ bool refuse_tiles_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels
   return refuse_short_blocks(tile, why) || refuse_few_rows(p, least_tile_rows(p, isa), why);
 }
 
-// int4 group 128: 2.6 ms against 3.0 at M = 12, 3.5 against 3.4 at M = 16 (Zen 4, 4096 x 4096).
-constexpr int64_t kPlaneRowsBesideBf16 = 12;
+// int4 group 128: 0.92 of panel_bf16's time at M = 16, 1.12 at M = 32; int8 0.79 at M = 16 (Zen 4, 4096 x 4096).
+constexpr int64_t kPlaneRowsBesideBf16 = 16;
 
 bool refuse_planes(const Problem& p, const CpuTile16& tile, const IsaKernels& isa, const Why& why) {
   const FormatInfo& format = format_info(p.desc.format);

@@ -53,40 +53,93 @@ constexpr bool kPairs = MR % 2 == 0;
 constexpr bool kPairs = false;
 #endif
 
-// Two quads, the first of them Q.
-template <int Q, int MR, bool kAsymmetric, int kBits>
-LOWBIT_UNROLLED inline void dot_octet(const uint8_t* block, const int8_t* const* x, int64_t k,
-                                      V::I (&sums)[MR], V::I& code_sum) {
-  const V::I low = dot_operand<Q, kBits>(block), high = dot_operand<Q + 1, kBits>(block);
+// A tile is MR rows of x times NR strips: what is broadcast of a row serves NR dot products (see gemm_planes-inl.h).
+template <int MR, int NR>
+struct DotTile {
+  V::I sums[MR][NR];
+  V::I code_sums[NR];
+};
+
+// Two quads of every strip, the first of them Q.
+template <int Q, bool kAsymmetric, int kBits, int MR, int NR>
+LOWBIT_UNROLLED inline void dot_octet(const uint8_t* const (&strip)[NR], int64_t offset,
+                                      const int8_t* const* x, int64_t k, DotTile<MR, NR>& tile) {
+  V::I low[NR], high[NR];
+#pragma GCC unroll 4
+  for (int s = 0; s < NR; ++s) {
+    low[s] = dot_operand<Q, kBits>(strip[s] + offset);
+    high[s] = dot_operand<Q + 1, kBits>(strip[s] + offset);
+    if constexpr (kAsymmetric)
+      tile.code_sums[s] = dot4_ones<kBits>(dot4_ones<kBits>(tile.code_sums[s], low[s]), high[s]);
+  }
 #if defined(LOWBIT_DOT_PAIRS)
   if constexpr (kPairs<MR>) {
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m += 2)
-      V::dot8_pair(sums[m], sums[m + 1], low, high, x[m] + k + 4 * Q, x[m + 1] + k + 4 * Q);
+    for (int m = 0; m < MR; m += 2) {
+      for (int s = 0; s < NR; ++s) {
+        V::dot8_pair(tile.sums[m][s], tile.sums[m + 1][s], low[s], high[s], x[m] + k + 4 * Q,
+                     x[m + 1] + k + 4 * Q);
+      }
+    }
   }
 #endif
   if constexpr (!kPairs<MR>) {
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) sums[m] = dot4_row<Q, kBits>(sums[m], low, x[m] + k);
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int s = 0; s < NR; ++s)
+        tile.sums[m][s] = dot4_row<Q, kBits>(tile.sums[m][s], low[s], x[m] + k);
+    }
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) sums[m] = dot4_row<Q + 1, kBits>(sums[m], high, x[m] + k);
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int s = 0; s < NR; ++s)
+        tile.sums[m][s] = dot4_row<Q + 1, kBits>(tile.sums[m][s], high[s], x[m] + k);
+    }
   }
-  if constexpr (kAsymmetric) code_sum = dot4_ones<kBits>(dot4_ones<kBits>(code_sum, low), high);
 }
 
-template <int MR, bool kAsymmetric, int kBits>
-void dot_strip(const GemmJob& job, int64_t strip, int64_t m0, int64_t rows) {
+// Integer sums over [begin, end) of K, which lies in one group; `offset` is that of its first block in a strip.
+template <bool kAsymmetric, int kBits, int MR, int NR>
+LOWBIT_UNROLLED inline void dot_segment(const WeightView& w, const uint8_t* const (&strip)[NR],
+                                        const int8_t* const* x, int64_t begin, int64_t end,
+                                        DotTile<MR, NR>& tile) {
+#pragma GCC unroll 4
+  for (int s = 0; s < NR; ++s) {
+    tile.code_sums[s] = V::izero();
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) tile.sums[m][s] = V::izero();
+  }
+  int64_t offset = begin / 32 * w.block_bytes;
+  for (int64_t k = begin; k < end; k += 32, offset += w.block_bytes) {
+#pragma GCC unroll 4
+    for (int s = 0; s < NR; ++s) __builtin_prefetch(strip[s] + offset + 1024);
+    dot_octet<0, kAsymmetric, kBits>(strip, offset, x, k, tile);
+    dot_octet<2, kAsymmetric, kBits>(strip, offset, x, k, tile);
+    dot_octet<4, kAsymmetric, kBits>(strip, offset, x, k, tile);
+    dot_octet<6, kAsymmetric, kBits>(strip, offset, x, k, tile);
+  }
+#if defined(LOWBIT_DOT_PAIRS)
+  for (int m = 0; kPairs<MR> && m < MR; m += 2) {
+    for (int s = 0; s < NR; ++s) V::split_pair(tile.sums[m][s], tile.sums[m + 1][s]);
+  }
+#endif
+}
+
+// Rows [m0, m0 + rows) against NR strips; rows beyond the last repeat it and are not stored.
+template <bool kAsymmetric, int kBits, int MR, int NR>
+void dot_tile(const GemmJob& job, int64_t first, int64_t m0, int64_t rows) {
   const WeightView& w = job.w;
   const Activations& x = job.x;
-  const uint8_t* base = w.data + strip * w.strip_bytes;
-  const uint8_t* block = base;
+  const uint8_t* strip[NR];
   const int8_t* xm[MR];
   int64_t row[MR];
-  V::F total[MR];
+  V::F total[MR][NR];
+  for (int s = 0; s < NR; ++s) strip[s] = w.data + (first + s) * w.strip_bytes;
   for (int m = 0; m < MR; ++m) {
     row[m] = m0 + (m < rows ? m : rows - 1);
     xm[m] = x.codes + row[m] * x.stride;
-    total[m] = V::zero();
+    for (int s = 0; s < NR; ++s) total[m][s] = V::zero();
   }
   const int64_t segments = w.groups * x.segments_per_group;
   for (int64_t segment = 0; segment < segments; ++segment) {
@@ -95,52 +148,58 @@ void dot_strip(const GemmJob& job, int64_t strip, int64_t m0, int64_t rows) {
     const int64_t begin = g * w.group_size + segment % x.segments_per_group * x.segment;
     const int64_t end = begin + x.segment < group_end ? begin + x.segment : group_end;
     if (begin >= end) continue;  // the ragged last group has fewer segments
-    V::I sums[MR];
-    V::I code_sum = V::izero();
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) sums[m] = V::izero();
-    for (int64_t k = begin; k < end; k += 32, block += w.block_bytes) {
-      __builtin_prefetch(block + 1024);
-      dot_octet<0, MR, kAsymmetric, kBits>(block, xm, k, sums, code_sum);
-      dot_octet<2, MR, kAsymmetric, kBits>(block, xm, k, sums, code_sum);
-      dot_octet<4, MR, kAsymmetric, kBits>(block, xm, k, sums, code_sum);
-      dot_octet<6, MR, kAsymmetric, kBits>(block, xm, k, sums, code_sum);
-    }
-#if defined(LOWBIT_DOT_PAIRS)
-    for (int m = 0; kPairs<MR> && m < MR; m += 2) V::split_pair(sums[m], sums[m + 1]);
-#endif
-    const SegmentZeros zeros = segment_zeros<kBits>(w, base, g);
+    DotTile<MR, NR> tile;
+    dot_segment<kAsymmetric, kBits>(w, strip, xm, begin, end, tile);
     const int32_t count = static_cast<int32_t>((end < w.K ? end : w.K) - begin);
-    // Codes past K are 0, up to the end of their block: they went into the sum as -kLess.
-    if constexpr (kAsymmetric && kLess<kBits> != 0) {
-      const int32_t past = static_cast<int32_t>((end - begin + 31) / 32 * 32) - count;
-      code_sum = V::iadd(code_sum, V::iset1(kLess<kBits> * past));
-    }
+#pragma GCC unroll 4
+    for (int s = 0; s < NR; ++s) {
+      const SegmentZeros zeros = segment_zeros<kBits>(w, strip[s], g);
+      // Codes past K are 0, up to the end of their block: they went into the sum as -kLess.
+      if constexpr (kAsymmetric && kLess<kBits> != 0) {
+        const int32_t past = static_cast<int32_t>((end - begin + 31) / 32 * 32) - count;
+        tile.code_sums[s] = V::iadd(tile.code_sums[s], V::iset1(kLess<kBits> * past));
+      }
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      const int32_t x_zero = kAsymmetric ? x.zeros[row[m]] : 0;
-      const int32_t x_total = x.sums[row[m] * segments + segment] - x_zero * count;
-      total[m] = V::add(total[m], finish_segment(w.zero_kind, zeros, sums[m], x_total, code_sum,
-                                                 x_zero, kLess<kBits>));
+      for (int m = 0; m < MR; ++m) {
+        const int32_t x_zero = kAsymmetric ? x.zeros[row[m]] : 0;
+        const int32_t x_total = x.sums[row[m] * segments + segment] - x_zero * count;
+        total[m][s] =
+            V::add(total[m][s], finish_segment(w.zero_kind, zeros, tile.sums[m][s], x_total,
+                                               tile.code_sums[s], x_zero, kLess<kBits>));
+      }
     }
   }
-  for (int m = 0; m < rows; ++m)
-    write_tile_row(job.y, w.N, m0 + m, strip * 16, V::mul(total[m], V::set1(x.scales[row[m]])));
+  for (int s = 0; s < NR; ++s) {
+    for (int m = 0; m < rows; ++m) {
+      write_tile_row(job.y, w.N, m0 + m, (first + s) * 16,
+                     V::mul(total[m][s], V::set1(x.scales[row[m]])));
+    }
+  }
+}
+
+// All rows against NR strips; from the second tile of rows on these come from cache.
+template <bool kAsymmetric, int kBits, int NR>
+void dot_rows(const GemmJob& job, int64_t strip) {
+  for (int64_t m = 0; m < job.x.M; m += V::kDotRows) {
+    const int64_t rows = job.x.M - m < V::kDotRows ? job.x.M - m : V::kDotRows;
+    if (rows == 1) {
+      dot_tile<kAsymmetric, kBits, 1, NR>(job, strip, m, rows);
+    } else if (rows == 2) {
+      dot_tile<kAsymmetric, kBits, 2, NR>(job, strip, m, rows);
+    } else if (rows <= 4) {
+      dot_tile<kAsymmetric, kBits, 4, NR>(job, strip, m, rows);
+    } else {
+      dot_tile<kAsymmetric, kBits, V::kDotRows, NR>(job, strip, m, rows);
+    }
+  }
 }
 
 template <bool kAsymmetric, int kBits>
-void dot_strips(const GemmJob& job, int64_t begin, int64_t end) {
-  for (int64_t strip = begin; strip < end; ++strip) {
-    for (int64_t m = 0; m < job.x.M; m += V::kDotRows) {
-      const int64_t rows = job.x.M - m < V::kDotRows ? job.x.M - m : V::kDotRows;
-      if (rows == 1) {
-        dot_strip<1, kAsymmetric, kBits>(job, strip, m, rows);
-      } else if (rows <= 4) {
-        dot_strip<4, kAsymmetric, kBits>(job, strip, m, rows);
-      } else {
-        dot_strip<V::kDotRows, kAsymmetric, kBits>(job, strip, m, rows);
-      }
-    }
+void dot_strips(const GemmJob& job, int64_t strip, int64_t end) {
+  for (; strip + V::kDotStrips <= end; strip += V::kDotStrips)
+    dot_rows<kAsymmetric, kBits, V::kDotStrips>(job, strip);
+  if constexpr (V::kDotStrips > 1) {
+    for (; strip < end; ++strip) dot_rows<kAsymmetric, kBits, 1>(job, strip);
   }
 }
 

@@ -25,6 +25,7 @@ struct V {
   static constexpr int kPanelRows = 6;
   static constexpr int kPanelStrips = 1;  // 6 x 2 accumulators
   static constexpr int kDotRows = 8;
+  static constexpr int kDotStrips = 1;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set1(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }

@@ -27,7 +27,8 @@ struct V {
   static constexpr int kPlaneSums = 24;  // of 32 registers
   static constexpr int kPanelRows = 8;
   static constexpr int kPanelStrips = 2;  // 8 x 2 accumulators of 32 registers
-  static constexpr int kDotRows = 8;
+  static constexpr int kDotRows = 4;
+  static constexpr int kDotStrips = 4;  // 4 x 4 sums of 32 registers
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float a) { return _mm512_set1_ps(a); }

@@ -40,6 +40,7 @@ struct V {
   static constexpr int kPanelRows = 6;
   static constexpr int kPanelStrips = 1;
   static constexpr int kDotRows = 4;
+  static constexpr int kDotStrips = 1;
   static constexpr int kPlaneSums = 4;  // 16 registers; codes of two strips take 8
 
   LOWBIT_INLINE static F zero() { return set1(0.0f); }

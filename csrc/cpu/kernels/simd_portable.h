@@ -31,6 +31,7 @@ struct V {
   static constexpr int kPanelRows = 2;
   static constexpr int kPanelStrips = 1;
   static constexpr int kDotRows = 8;  // at least 4
+  static constexpr int kDotStrips = 1;
 
   static F zero() { return F{}; }
   static F set1(float a) {
