@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import BATCH_INVARIANT, DTYPES, KINDS, LARGE, cpu_desc, packed, random_x
+from cases import BATCH_INVARIANT, DTYPES, INT8, KINDS, LARGE, cpu_desc, packed, random_x
 from lowbit import ops
 from reference import Spec
 
@@ -33,6 +33,23 @@ def test_same_bits_every_time(M: int, flags: int, isa: str, threads: None) -> No
                 torch.set_num_threads(count)
                 results.append(ops.gemm(x, w, None, N, K, cpu_desc(spec), flags))
             assert all(torch.equal(y, results[0]) for y in results), (spec, N, K)
+
+
+@pytest.mark.parametrize("N", [5, 16, 48, 80])
+def test_same_bits_where_threads_share_a_strip(N: int, isa: str, threads: None) -> None:
+    """Fewer strips of 16 output features than threads, or not a multiple: rows are cut as well."""
+    K = 160
+    for i, spec in enumerate(_specs()[N % 4 :: 4]):
+        w, d = packed(spec, N, K), cpu_desc(spec)
+        for M in (63, 64, 129 + 64 * (i % 2)):
+            x = random_x(M, K, dtype=DTYPES[i % len(DTYPES)])
+            xq = ops.quantize_activation(x, INT8, symmetric=i % 2 == 0)
+            results = []
+            for count in (1, 2, 3, 4, 7):
+                torch.set_num_threads(count)
+                y = ops.gemm(x, w, None, N, K, d), ops.gemm_a8(*xq, w, None, N, K, d, 0, torch.float32)
+                results.append(torch.cat([part.float() for part in y]))
+            assert all(torch.equal(y, results[0]) for y in results), (spec, M)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

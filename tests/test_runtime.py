@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 import torch
 
 from cases import FP8, INT8, cpu_desc, desc, packed, random_x
 from lowbit import ops
+from lowbit.commands._calls import ways_to_call
 from reference import Spec
 
 SPEC = Spec("int4", "int", 32, "bfloat16")
@@ -123,6 +125,42 @@ def test_ten_thousand_calls_in_flat_memory() -> None:
             call()
         grown = _resident_bytes() - before
         assert grown < 2 << 20, f"{name}: {grown} bytes in {repeats.get(name, 2000)} calls"
+
+
+@pytest.mark.parametrize("N", [16, 2048], ids=["one strip", "many strips"])
+def test_as_many_threads_as_torch_has(N: int, threads: None) -> None:
+    """CPU time of the process beside that of the calling thread: with one thread all of it is the caller's."""
+    size = Spec("int4", "none", 128, "bfloat16")
+    w, x = packed(size, N, 1024), random_x(512, 1024)
+    shares = {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        ops.gemm(x, w, None, N, 1024, cpu_desc(size))
+        process, thread = time.process_time(), time.thread_time()
+        while time.process_time() < process + 0.15:
+            ops.gemm(x, w, None, N, 1024, cpu_desc(size))
+        shares[count] = (time.thread_time() - thread) / (time.process_time() - process)
+    assert shares[1] > 0.9
+    assert shares[2] < 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_call_costs_little_more_than_one_of_torch(dtype: torch.dtype, threads: None) -> None:
+    """At most 1.3 times F.linear with bias, and the module's forward at most 2 microseconds more (docs/speed.md)."""
+    torch.set_num_threads(1)
+    calls = ways_to_call(dtype)
+    found: dict[str, list[float]] = {way: [] for way in ("F.linear", "op", "forward")}
+    with torch.no_grad():
+        for done in range(200):
+            for way, times in found.items():
+                begin = time.thread_time()
+                for _ in range(50):
+                    calls[way]()
+                times.append((time.thread_time() - begin) / 50 * 1e6)
+            linear, op, forward = (min(times) for times in found.values())
+            if done >= 10 and op <= 1.3 * linear and forward <= op + 2:
+                return
+    pytest.fail(f"microseconds: F.linear {linear:.2f}, the op {op:.2f}, forward {forward:.2f}")
 
 
 def test_import_alone_is_quiet() -> None:

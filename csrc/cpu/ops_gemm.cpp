@@ -1,6 +1,7 @@
 // gemm, linear, gemm_a8, gemm_grad_input and their out variants on the CPU: checks, prepared activations, threads.
 
 #include <algorithm>
+#include <numeric>
 
 #include "common/op_checks.h"
 #include "common/strict.h"
@@ -17,14 +18,27 @@
 namespace lowbit {
 namespace {
 
-const KernelRow& choose(const char* op, const Problem& problem, const PackedWeight& weight,
-                        const IsaKernels& isa) {
+// Rows worth a thread of their own where threads share a strip, which each of them decodes again.
+constexpr int64_t kRowsPerPiece = 32;
+
+struct Chosen {
+  const KernelRow& row;
+  // Threads may share a strip: there are rows enough, each of them has the same bits whatever the others are, and they
+  // stand one behind the other.
+  bool may_cut_rows;
+};
+
+Chosen choose(const char* op, Problem problem, const PackedWeight& weight, const IsaKernels& isa) {
   const KernelRow& row = select_kernel(problem, weight.tile, isa);
   LOWBIT_CHECK(!row.general || !strict(), op,
                ": LOWBIT_STRICT is set and only the general kernel takes M=", problem.M,
                " N=", problem.N, " K=", problem.K, " ", to_string(weight.desc),
                " on cpu:", isa.isa);
-  return row;
+  const bool plain_rows =
+      row.x == XForm::kFloats || row.x == XForm::kBFloats || row.x == XForm::kCodes;
+  problem.flags |= kBatchInvariant;
+  return {row, problem.M >= 2 * kRowsPerPiece && plain_rows &&
+                   !row.refuse(problem, weight.tile, isa, Why())};
 }
 
 // Bias as fp32, in place where it already is.
@@ -40,19 +54,59 @@ const float* prepare_bias(const char* op, const IsaKernels& isa, const OptionalT
 
 // ---- gemm ----------------------------------------------------------------------------------------------------------
 
+// Some of a job's rows.
+GemmJob rows_of_job(const GemmJob& job, int64_t m0, int64_t count, int64_t element_size) {
+  GemmJob part = job;
+  Activations& x = part.x;
+  const int64_t segments = job.w.groups * x.segments_per_group;
+  x.M = count;
+  if (x.values != nullptr) x.values += m0 * x.stride;
+  if (x.bfloats != nullptr) x.bfloats += m0 * x.stride;
+  if (x.codes != nullptr) x.codes += m0 * x.stride;
+  if (x.sums != nullptr) x.sums += m0 * segments;
+  if (x.scales != nullptr) x.scales += m0;
+  if (x.zeros != nullptr) x.zeros += m0;
+  part.y.data = static_cast<uint8_t*>(job.y.data) + m0 * job.y.stride * element_size;
+  return part;
+}
+
+// How many pieces the rows are cut into, so that few strips still give every thread as much to do: one, three or five
+// strips do not divide among two threads, twice as many pieces do.
+int64_t row_pieces(int64_t strips, int64_t M) {
+  // Per thread; with more, one too many for one of them does not matter.
+  constexpr int64_t kFewStrips = 8;
+  if (M < 2 * kRowsPerPiece) return 1;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || strips >= kFewStrips * threads) return 1;
+  return std::min(threads / std::gcd(strips, threads), M / kRowsPerPiece);
+}
+
 // Strips of the weight over threads, in passes of some rows; prepare(m0, job.x) fills the activations of a pass.
 template <class Prepare>
-void run_gemm(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t M, int64_t pass,
+void run_gemm(const Chosen& chosen, const IsaKernels& isa, GemmJob& job, int64_t M, int64_t pass,
               const Prepare& prepare) {
   const int64_t element_size = job.y.dtype == Element::kFloat32 ? 4 : 2;
   uint8_t* out = static_cast<uint8_t*>(job.y.data);
+  const auto gemm = chosen.row.gemm;
   const int64_t strips = job.w.tile->strips;
   for (int64_t m0 = 0; m0 < M; m0 += pass) {
     job.x.M = std::min(pass, M - m0);
     prepare(m0, job.x);
     job.y.data = out + m0 * job.y.stride * element_size;
-    parallel_items(strips, job.x.M * job.w.K_padded * kTileRows,
-                   [&](int64_t begin, int64_t end) { row.gemm(isa, job, begin, end); });
+    const int64_t work = job.x.M * job.w.K_padded * kTileRows;
+    const int64_t pieces = chosen.may_cut_rows ? row_pieces(strips, job.x.M) : 1;
+    if (pieces == 1) {
+      parallel_items(strips, work, [&](int64_t begin, int64_t end) { gemm(isa, job, begin, end); });
+      continue;
+    }
+    const int64_t per_piece = round_up(div_up(job.x.M, pieces), int64_t{16});
+    parallel_items(strips * pieces, work / pieces, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t strip = item % strips, from = item / strips * per_piece;
+        const int64_t count = std::min(per_piece, job.x.M - from);
+        if (count > 0) gemm(isa, rows_of_job(job, from, count, element_size), strip, strip + 1);
+      }
+    });
   }
 }
 
@@ -87,14 +141,14 @@ void pack_tiles(const IsaKernels& isa, const RowSource& source, int64_t m0, cons
   x.tiles = tiles;
 }
 
-void gemm_on_tiles(const KernelRow& row, const IsaKernels& isa, GemmJob& job, int64_t M,
+void gemm_on_tiles(const Chosen& chosen, const IsaKernels& isa, GemmJob& job, int64_t M,
                    const RowSource& source, Scratch& scratch) {
   const CpuTile16& tile = *job.w.tile;
   job.x.tile_planes = tile_planes(source.dtype);
   const int64_t pass = std::min(M, pass_rows(true, job.x.tile_planes));
   uint8_t* tiles =
       scratch.take<uint8_t>(div_up(pass, 16) * float_tile_bytes(job.x.tile_planes, tile));
-  run_gemm(row, isa, job, M, pass,
+  run_gemm(chosen, isa, job, M, pass,
            [&](int64_t m0, Activations& a) { pack_tiles(isa, source, m0, tile, tiles, a); });
 }
 
@@ -127,19 +181,20 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   check_bias(op, bias, cpu_place(), N);
   check_flags(op, flags);
   const IsaKernels& isa = kernels();
-  const KernelRow& row =
+  const Chosen chosen =
       choose(op, {Op::kGemm, rows.M, N, K, weight.desc, element, false, flags}, weight, isa);
+  const KernelRow& row = chosen.row;
   Scratch scratch(scratch_for(row, rows.M, element, weight.tile), workspace, op);
 
   GemmJob job{weight.view, {}, {out, N, element, prepare_bias(op, isa, bias, N, scratch)}};
   const RowSource source{rows.data, element, rows.stride, K, weight.perm, nullptr};
   if (row.x == XForm::kPlanes) {
     SplitRows split(weight.view, element, rows.M, scratch);
-    run_gemm(row, isa, job, rows.M, kMaxPlaneRows,
+    run_gemm(chosen, isa, job, rows.M, kMaxPlaneRows,
              [&](int64_t m0, Activations& a) { split.prepare(isa, source, m0, a); });
     return;
   }
-  if (row.x == XForm::kTiles) return gemm_on_tiles(row, isa, job, rows.M, source, scratch);
+  if (row.x == XForm::kTiles) return gemm_on_tiles(chosen, isa, job, rows.M, source, scratch);
   const bool as_bf16 = row.x == XForm::kBFloats;
   // Rows of fp32 that need no padding and no gather are read where they are.
   const bool direct = !as_bf16 && element == Element::kFloat32 && weight.perm == nullptr &&
@@ -148,7 +203,7 @@ void gemm_into(const char* op, const Tensor& x, const Tensor& w, const OptionalT
   const int64_t count = direct ? 0 : std::min<int64_t>(rows.M, kMaxRows) * stride;
   float* values = as_bf16 ? nullptr : scratch.take<float>(count);
   uint16_t* bfloats = as_bf16 ? scratch.take<uint16_t>(count) : nullptr;
-  run_gemm(row, isa, job, rows.M, kMaxRows, [&](int64_t m0, Activations& a) {
+  run_gemm(chosen, isa, job, rows.M, kMaxRows, [&](int64_t m0, Activations& a) {
     a.stride = stride;
     a.values = direct ? reinterpret_cast<const float*>(rows.data) + m0 * stride : values;
     a.bfloats = bfloats;
@@ -225,10 +280,10 @@ void load_codes(const QuantizedRows& q, const PackedWeight& weight, const Activa
 }
 
 // Codes stay integers.
-void multiply_codes(const KernelRow& row, const IsaKernels& isa, GemmJob& job,
+void multiply_codes(const Chosen& chosen, const IsaKernels& isa, GemmJob& job,
                     const PackedWeight& weight, const QuantizedRows& q, Scratch& scratch) {
   const CpuTile16& tile = weight.tile;
-  const bool as_tiles = row.x == XForm::kCodeTiles;
+  const bool as_tiles = chosen.row.x == XForm::kCodeTiles;
   const int64_t stride = job.x.stride, pass = std::min(q.rows.M, pass_rows(as_tiles, 1));
   const int64_t segments = weight.view.groups * job.x.segments_per_group;
   int8_t* codes = scratch.take<int8_t>(pass * stride);
@@ -239,7 +294,7 @@ void multiply_codes(const KernelRow& row, const IsaKernels& isa, GemmJob& job,
   job.x.sums = sums;
   job.x.tiles = tiles;
   job.x.tile_planes = 1;
-  run_gemm(row, isa, job, q.rows.M, pass, [&](int64_t m0, Activations& a) {
+  run_gemm(chosen, isa, job, q.rows.M, pass, [&](int64_t m0, Activations& a) {
     a.scales = q.scales + m0;
     a.zeros = q.zeros == nullptr ? nullptr : q.zeros + m0;
     parallel_items(a.M, stride, [&](int64_t begin, int64_t end) {
@@ -256,10 +311,10 @@ void multiply_codes(const KernelRow& row, const IsaKernels& isa, GemmJob& job,
 }
 
 // (xq - zero) * scale in fp32, for kernels that multiply floats.
-void multiply_dequantized(const KernelRow& row, const IsaKernels& isa, GemmJob& job,
+void multiply_dequantized(const Chosen& chosen, const IsaKernels& isa, GemmJob& job,
                           const PackedWeight& weight, const QuantizedRows& q, Scratch& scratch) {
   const CpuTile16& tile = weight.tile;
-  const bool as_tiles = row.x == XForm::kTiles;
+  const bool as_tiles = chosen.row.x == XForm::kTiles;
   job.x.tile_planes = tile_planes(Element::kFloat32);
   const int64_t stride = job.x.stride;
   const int64_t pass = std::min(q.rows.M, pass_rows(as_tiles, job.x.tile_planes));
@@ -268,7 +323,7 @@ void multiply_dequantized(const KernelRow& row, const IsaKernels& isa, GemmJob& 
       as_tiles ? scratch.take<uint8_t>(div_up(pass, 16) * float_tile_bytes(job.x.tile_planes, tile))
                : nullptr;
   job.x.values = values;
-  run_gemm(row, isa, job, q.rows.M, pass, [&](int64_t m0, Activations& a) {
+  run_gemm(chosen, isa, job, q.rows.M, pass, [&](int64_t m0, Activations& a) {
     parallel_items(a.M, stride, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m)
         load_dequantized(q, weight.perm, m0 + m, values + m * stride, stride);
@@ -289,17 +344,18 @@ void gemm_a8_into(const char* op, const Tensor& xq, const Tensor& x_scales,
   const int64_t M = q.rows.M;
   if (M == 0) return;
   const IsaKernels& isa = kernels();
-  const KernelRow& row =
+  const Chosen chosen =
       choose(op, {Op::kGemmA8, M, N, K, weight.desc, q.element, q.groups != 1, flags}, weight, isa);
+  const KernelRow& row = chosen.row;
   Scratch scratch(scratch_for(row, M, q.element, weight.tile), workspace, op);
   GemmJob job{weight.view, {}, {out, N, out_element, prepare_bias(op, isa, bias, N, scratch)}};
   job.x.stride = weight.tile.K_padded;
   job.x.segment = int32_segment(weight.tile);
   job.x.segments_per_group = div_up(weight.view.group_size, job.x.segment);
   if (row.x == XForm::kCodes || row.x == XForm::kCodeTiles) {
-    multiply_codes(row, isa, job, weight, q, scratch);
+    multiply_codes(chosen, isa, job, weight, q, scratch);
   } else {
-    multiply_dequantized(row, isa, job, weight, q, scratch);
+    multiply_dequantized(chosen, isa, job, weight, q, scratch);
   }
 }
 
@@ -350,7 +406,8 @@ Tensor gemm_grad_input(const Tensor& dy, const Tensor& w, int64_t N, int64_t K, 
   if (rows.M == 0) return dx;
   const IsaKernels& isa = kernels();
   const KernelRow& row =
-      choose(op, {Op::kGradInput, rows.M, N, K, weight.desc, element, false, flags}, weight, isa);
+      choose(op, {Op::kGradInput, rows.M, N, K, weight.desc, element, false, flags}, weight, isa)
+          .row;
   const CpuTile16& tile = weight.tile;
   const int64_t N_padded = tile.strips * kTileRows, chunk = std::min<int64_t>(rows.M, kMaxRows);
   Scratch scratch(scratch_bytes(chunk * N_padded, 4) + 2 * scratch_bytes(chunk * tile.K_padded, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import warnings
@@ -29,7 +30,8 @@ def _quantized(peer: Peer, weight: Tensor, dtype: torch.dtype, warm: bool) -> Co
             raise RuntimeError(f"this torchao has no {peer.options['config']}") from None
         arguments = peer.options.get("arguments", {})
         count = copies_for(_size(peer, weight), warm)
-        copies = [(_convert(quantize, config(**arguments), weight, dtype),) for _ in range(count)]
+        first = _convert(quantize, config(**arguments), weight, dtype)
+        copies = [(first,), *((copy.deepcopy(first),) for _ in range(count - 1))]
     return from_copies(peer, _size(peer, weight), copies, F.linear, peer.options["config"])
 
 
