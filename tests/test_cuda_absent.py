@@ -112,12 +112,13 @@ def test_a_module_offloaded_from_a_gpu_keeps_its_weight(scheme: str) -> None:
     assert torch.equal(offloaded.prepare()(torch.ones(2, 256)), expected)
 
 
-def test_a_perm_on_a_gpu_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["is_cuda", "is_mps"])
+def test_a_perm_on_a_gpu_is_looked_at_once(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = layer("int4-g32", perm=True).quantized_weight()
     assert weight.perm is not None
     bad = QuantizedWeight(weight.scheme, weight.shape, weight.packed, weight.scales, None, weight.perm + 1)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        patch.setattr(torch.Tensor, where, property(lambda self: True))
         for refused in (bad.pack, bad.dequantize):
             with pytest.raises(ValueError, match=r"perm has values from 1 to 128, outside 0\.\.127"):
                 refused()

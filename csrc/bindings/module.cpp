@@ -9,6 +9,7 @@
 #include "common/strict.h"
 #include "cpu/isa.h"
 #include "cuda/select.h"
+#include "metal/select.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -84,6 +85,15 @@ py::list explain(const std::string& op, const std::string& device, int64_t M, in
   return rows;
 }
 
+// Some names belong to kernels of both; what neither knows, CUDA's table refuses.
+void force_kernel(const std::string& name) {
+  const bool is_metal = lowbit::metal::force_kernel(name);
+  bool is_cuda = false;
+  for (const lowbit::KernelInfo& row : lowbit::list_kernels(true))
+    is_cuda = is_cuda || (row.backend == "cuda" && row.name == name);
+  lowbit::cuda::force_kernel(is_metal && !is_cuda ? "" : name);
+}
+
 py::dict cpu_features() {
   py::dict features;
   for (const auto& [name, present] : lowbit::cpu_features()) features[py::str(name)] = present;
@@ -133,6 +143,14 @@ PYBIND11_MODULE(_C, m) {
         "device"_a = "", "Bytes of workspace for an out variant.");
   m.def("preferred_layout", &lowbit::preferred_layout, "device_type"_a, "desc"_a,
         "The kernel layout of a device, as the int in desc.");
+  m.def(
+      "metal_model",
+      [](const std::string& chip) {
+        return lowbit::metal::model_name(chip.empty() ? lowbit::metal::this_device()
+                                                      : lowbit::metal::chip_model(chip));
+      },
+      "chip"_a = "",
+      "This machine's Apple GPU, or that of a chip such as 'Apple M3 Max', as explain() takes it.");
   m.def("cpu_features", &cpu_features, "What this CPU offers.");
   m.def("isa", &lowbit::current_isa, "The instruction set that the CPU kernels use.");
   m.def("isa_levels", &lowbit::isa_levels, "Instruction sets this machine can run, best first.");
@@ -150,14 +168,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Version, compiler, flags, ABI target.");
   m.def("kernel_table", &kernel_table, "compiled"_a = false,
         "One row per kernel and instruction set of this machine, or of this build, and per CUDA "
-        "kernel.");
+        "and Metal kernel.");
   m.def("explain", &explain, "op"_a, "device"_a, "M"_a, "N"_a, "K"_a, "desc"_a, "dtype"_a,
         "flags"_a,
         "Kernels in order of preference, each with why it was refused; '' for the one that runs.");
   m.def("describe_config", &lowbit::describe_config, "op"_a, "device"_a, "M"_a, "N"_a, "K"_a,
         "desc"_a, "dtype"_a, "flags"_a,
         "How the chosen kernel cuts the problem into tiles, steps and blocks; '' on the CPU.");
-  m.def("force_kernel", &lowbit::cuda::force_kernel, "name"_a,
-        "Run this CUDA kernel wherever it can, until called with ''. For tests and sweeps.");
+  m.def(
+      "force_kernel", &force_kernel, "name"_a,
+      "Run this CUDA or Metal kernel wherever it can, until called with ''. For tests and sweeps.");
   m.def("forced_kernel", &lowbit::cuda::forced_kernel, "What force_kernel or LOWBIT_KERNEL said.");
 }

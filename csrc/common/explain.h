@@ -2,6 +2,8 @@
 //
 //   "cpu", "cpu:avx2"                      this machine's best instruction set, or that one
 //   "sm_90", "sm_90:114", "cuda:sm_90"     a CUDA device of that compute capability (and number of multiprocessors)
+//   "apple9", "apple9:40", "mps:apple9"    an Apple GPU of that family (and number of cores)
+//   "mps", "mps:0"                         the default model of an Apple GPU
 //   "cuda", "cuda:0"                       the default model of a CUDA device; Python puts a real one in its place
 #pragma once
 

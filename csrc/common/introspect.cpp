@@ -82,7 +82,10 @@ int64_t preferred_layout(const std::string& device_type, int64_t desc) {
   // "sm_90" too: what explain() calls a CUDA device that is not here.
   if (device_type == "cuda" || device_type.rfind("sm_", 0) == 0)
     return static_cast<int64_t>(Layout::kCudaTile64);
-  fail("no kernels for device '", device_type, "' in this build; have: cpu, cuda");
+  // "apple9" likewise.
+  if (device_type == "mps" || device_type.rfind("apple", 0) == 0)
+    return static_cast<int64_t>(Layout::kMetalTile4);
+  fail("no kernels for device '", device_type, "' in this build; have: cpu, cuda, mps");
 }
 
 std::vector<std::pair<std::string, std::string>> build_info() {

@@ -115,6 +115,7 @@ Place place_of(const Tensor& tensor, const char* name) {
 std::string place_name(const Place& place) {
   if (place.type == aoti_torch_device_type_cpu()) return "cpu";
   if (place.type == aoti_torch_device_type_cuda()) return concat("cuda:", place.index);
+  if (place.type == aoti_torch_device_type_mps()) return "mps";
   if (place.type == aoti_torch_device_type_meta()) return "meta";
   return concat("device type ", place.type, ", index ", place.index);
 }

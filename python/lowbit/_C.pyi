@@ -50,7 +50,7 @@ def explain(op: str, device: str, M: int, N: int, K: int, desc: int, dtype: str,
     """Kernels in order of preference, each with why it was refused; "" for the one that runs."""
 
 def force_kernel(name: str) -> None:
-    """Run this CUDA kernel in every op that has it, or raise where it cannot; "" ends it. For tests and sweeps."""
+    """Run this CUDA or Metal kernel in every op that has it, or raise where it cannot; "" ends it. For tests and sweeps."""
 
 def forced_kernel() -> str:
     """What `force_kernel` or LOWBIT_KERNEL said; "" when nothing is forced."""
@@ -68,7 +68,7 @@ def isa_refusals() -> dict[str, str]:
     """Instruction sets that this build has and this machine cannot run, with the reason where it is not plain."""
 
 def kernel_table(compiled: bool = False) -> list[dict[str, Any]]:
-    """One row per CPU kernel and instruction set of this machine (or of this build), and per CUDA kernel.
+    """One row per CPU kernel and instruction set of this machine (or of this build), and per CUDA and Metal kernel.
 
     Keys: backend, op, name, isa, general, takes.
     """
@@ -77,6 +77,9 @@ def make_desc(
     format: int, group_size: int, zero_kind: int, scale_dtype: int, scaling: int, has_perm: bool, layout: int
 ) -> int:
     """The int that tells an op what a weight is; ValueError where no such weight exists."""
+
+def metal_model(chip: str = "") -> str:
+    """This machine's Apple GPU, or that of a chip such as "Apple M3 Max", as `explain` takes it: "apple9:40"."""
 
 def packed_size(N: int, K: int, desc: int) -> int:
     """Bytes of a weight in desc's kernel layout."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lowbit import _C, _cuda
+from lowbit import _C, _cuda, _metal
 from lowbit.scheme import Scheme
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
 
 _SCALE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CUDA_LAYOUT: Final = _C.enums()["layout"]["cuda_tile64"]
+_METAL_LAYOUT: Final = _C.enums()["layout"]["metal_tile4"]
 _WEIGHT_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,8 +77,10 @@ def check_importance(importance: Tensor, K: int) -> Tensor:
 
 def preferred_layout(device: torch.device, scheme: Scheme, has_perm: bool = False) -> int:
     """The layout that kernels of this device read; ValueError, with the reason, where there are none."""
-    if device.type == "cuda" and (reason := _cuda.absent_reason()) is not None:
-        raise ValueError(f"no kernels for device '{device}': {reason}")
+    if device.type in ("cuda", "mps"):
+        reason = _cuda.absent_reason() if device.type == "cuda" else _metal.absent_reason()
+        if reason is not None:
+            raise ValueError(f"no kernels for device '{device}': {reason}")
     return _C.preferred_layout(device.type, scheme.desc(0, has_perm))
 
 
@@ -108,6 +111,8 @@ def runs_on(op: str, device: torch.device, layout: int | None = None) -> torch.d
     if device.type == "cuda":
         there = _cuda.loaded()  # what is registered may be an op that only says why there are no kernels
         there = there and layout in (None, _CUDA_LAYOUT)
+    if device.type == "mps":
+        there = there and layout in (None, _METAL_LAYOUT)
     return device if there else torch.device("cpu")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 
-from lowbit import _C, _cuda
+from lowbit import _C, _cuda, _metal
 
 __all__ = ["Explanation", "can_implement", "explain", "full_name", "kernel_table", "set_strict", "strict"]
 
@@ -112,6 +112,7 @@ def explain(
         device: "cpu" or "cuda"; "cpu:avx2" answers for that instruction set, whatever this machine has, and "sm_86" or
             "sm_86:84" for a GPU of that compute capability (and number of multiprocessors), whether or not there is one.
             "cuda" is the device itself once CUDA is in use, and before that sm_90:132: asking would initialise CUDA.
+            "mps" is this Mac's GPU, "apple9" or "apple9:40" one of that family (and number of cores).
         dtype: of the activations; bfloat16 (float16, float32), for gemm_a8 int8 (float8_e4m3fn).
         batch_invariant: as the flag of `gemm`.
 
@@ -122,7 +123,7 @@ def explain(
         >>> print(explain("gemm", M=1, N=4096, K=4096, scheme="int4-g128"))
     """
     kernel_op = _kernel_op(op)
-    where = _cuda.device_string(device)
+    where = _metal.device_string(_cuda.device_string(device))
     desc = _as_desc(scheme, where.partition(":")[0])
     flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
     activations = _dtype_name(kernel_op, dtype)

@@ -182,7 +182,7 @@ class QuantizedWeight:
 
     def _check_perm(self) -> None:
         """On a GPU the ops trust perm, because to look at it is to wait for the GPU; here it is looked at once per weight."""
-        if self.perm is not None and self.perm.is_cuda:
+        if self.perm is not None and (self.perm.is_cuda or self.perm.is_mps):
             low, high = (int(value) for value in torch.aminmax(self.perm))
             if low < 0 or high >= self.K:
                 raise ValueError(f"perm has values from {low} to {high}, outside 0..{self.K - 1}")

@@ -113,7 +113,12 @@ def sanitizer_environment() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", nargs="?", default="lowbit_emulator", choices=["lowbit_emulator", "self_test"])
+    parser.add_argument(
+        "target",
+        nargs="?",
+        default="lowbit_emulator",
+        choices=["lowbit_emulator", "lowbit_emulator_metal", "self_test"],
+    )
     parser.add_argument("--sanitize", default="", metavar="LIST", help="for example address,undefined")
     parser.add_argument("--one-format", action="store_true", help="few instantiations of each kernel")
     given = parser.parse_args()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import lowbit
-from lowbit import _C, _cuda
+from lowbit import _C, _cuda, _metal
 from lowbit.commands import _output
 from lowbit.report import format_bytes
 
@@ -79,6 +79,11 @@ def collect() -> dict[str, Any]:
         },
         "devices": devices,
         "cuda": _cuda_state(devices["cuda"]),
+        "metal": {
+            "loaded": _metal.loaded(),
+            "why_not": _metal.absent_reason(),
+            "gpu": _C.metal_model() if _metal.loaded() else None,
+        },
         "libraries": _libraries(),
         "build": _C.build_info(),
         "formats": [row["name"] for row in _C.format_table()],
@@ -213,6 +218,8 @@ def _show(found: Mapping[str, Any]) -> None:
     ]
     rows += [(name, value if isinstance(value, str) else _words(value)) for name, value in found["devices"].items()]
     rows += _cuda_rows(found["cuda"])
+    metal = found["metal"]
+    rows.append(("metal kernels", f"in use, on {metal['gpu']}" if metal["loaded"] else f"absent: {metal['why_not']}"))
     for name, library in found["libraries"].items():
         if library["path"] is None:
             rows.append((name, f"absent: {library.get('why', 'not found beside _C')}"))

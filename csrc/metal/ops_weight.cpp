@@ -1,0 +1,217 @@
+// quantize, dequantize, pack and unpack on Metal.
+
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <array>
+
+#include "metal/tensor.h"
+
+#define LOWBIT_TEXT_(name) #name
+#define LOWBIT_TEXT(name) LOWBIT_TEXT_(name)
+
+namespace lowbit::metal {
+namespace {
+
+namespace mp = metal_params;
+
+constexpr int kThreads = 256;
+
+uint32_t groups_of(int64_t items) { return static_cast<uint32_t>(div_up(items, kThreads)); }
+
+// ---- quantize ----------------------------------------------------------------------------------------------------------
+
+Tensor moved_to(const Place& place, const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  Tensor copy = empty_on(place, Shape(sizes.data(), sizes.size()), tensor.scalar_type());
+  if (tensor.numel() > 0) torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+// On the CPU. The contract is the same bits everywhere: sums in fp64 for the search, subnormal scales, contraction off under
+// whatever flags torch compiles shaders with; Apple's GPUs have the first not at all and promise the others nowhere. Memory is
+// shared and quantizing is done once.
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_bits, bool search,
+                                            const OptionalTensor& importance) {
+  const char* op = "lowbit::quantize";
+  const Place place = place_of(weight, "weight");
+  check_mps(op, place);
+  LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
+               ", expected [N, K]");
+  float_element(op, "weight", weight);
+  if (importance.has_value())
+    check_plain(op, "importance", *importance, place, ScalarType::Float, {weight.size(1)});
+  OptionalTensor importance_there;
+  if (importance.has_value()) importance_there = moved_to(cpu_place(), *importance);
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(moved_to(cpu_place(), weight)), from(desc_bits),
+                                    from(search), from(importance_there)};
+#if defined(LOWBIT_EMULATOR)
+  const char* name = "lowbit::quantize";
+#else
+  const char* name = LOWBIT_TEXT(LOWBIT_OP_NAMESPACE) "::quantize";
+#endif
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  using torch::stable::detail::to;
+  return {moved_to(place, to<Tensor>(stack[0])), moved_to(place, to<Tensor>(stack[1])),
+          moved_to(place, to<Tensor>(stack[2]))};
+}
+
+// ---- dequantize --------------------------------------------------------------------------------------------------------
+
+// Canonical tensors as the shaders take them; absent ones are `packed`.
+struct Canonical {
+  CanonicalTensors checked;
+  mp::Canonical params;
+  const Tensor& packed;
+  const Tensor& scales;
+  const Tensor& zeros;
+  const Tensor& perm;
+
+  Canonical(const char* op, const Tensor& packed_codes, const Tensor& scale_table,
+            const OptionalTensor& zero_table, const OptionalTensor& order, const Place& place,
+            int64_t N, int64_t K, int64_t desc)
+      : checked(op, packed_codes, scale_table, zero_table, order, place, Values::kTrusted, N, K,
+                desc),
+        params(canonical_params(checked.desc, checked.shape)),
+        packed(packed_codes),
+        scales(scale_table),
+        zeros(zero_table.has_value() ? *zero_table : packed_codes),
+        perm(order.has_value() ? *order : packed_codes) {
+    if (order.has_value()) params.kinds |= mp::kHasPerm;
+  }
+};
+
+void dequantize_into(const char* op, const Canonical& c, Element element, const Tensor& out) {
+  mp::Canonical p = c.params;
+  const bool vectors = (p.kinds & mp::kHasPerm) == 0 && p.K % 8 == 0 && starts_at(out, 16);
+  if (vectors) p.kinds |= mp::kVectors;
+  Command(op, {{Shader::kDequantize, Format(0), true, element}, 0})
+      .params(p)
+      .tensor(c.packed)
+      .tensor(c.scales)
+      .tensor(c.zeros)
+      .tensor(c.perm)
+      .tensor(out)
+      .run(groups_of(div_up(p.K, 8)), static_cast<uint32_t>(p.N), kThreads);
+}
+
+Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+                  const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
+                  ScalarType out_dtype) {
+  const char* op = "lowbit::dequantize";
+  const Place place = place_of(packed, "packed");
+  check_mps(op, place);
+  const Canonical c(op, packed, scales, zeros, perm, place, N, K, desc);
+  const Element element = float_element(op, "out_dtype", out_dtype);
+  Tensor out = empty_on(place, {N, K}, out_dtype);
+  dequantize_into(op, c, element, out);
+  return out;
+}
+
+void dequantize_out(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+                    const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
+                    const Tensor& out) {
+  const char* op = "lowbit::dequantize_out";
+  const Place place = place_of(packed, "packed");
+  check_mps(op, place);
+  const Canonical c(op, packed, scales, zeros, perm, place, N, K, desc);
+  const Element element = float_element(op, "out", out);
+  check_plain(op, "out", out, place, out.scalar_type(), {N, K});
+  dequantize_into(op, c, element, out);
+}
+
+// ---- pack, unpack ------------------------------------------------------------------------------------------------------
+
+Command plain(const char* op, int index) {
+  return Command(op, {{Shader::kPack, Format(0), false, Element::kFloat32}, index});
+}
+enum PackKernel { kPackCodes, kPackScales, kUnpackCodes, kUnpackScales, kCopyInts };
+
+void set_geometry(mp::Canonical& p, const MetalTile4& tile) {
+  p.strip_bytes = static_cast<uint32_t>(tile.strip_bytes);
+  p.high_plane = static_cast<uint32_t>(tile.plane_offset[1]);
+  p.scales_offset = static_cast<uint32_t>(tile.scales_offset);
+  p.zeros_offset = static_cast<uint32_t>(tile.zeros_offset);
+}
+
+void copy_perm(const char* op, const Tensor& from, int64_t from_offset, const Tensor& to,
+               int64_t to_offset, int64_t K) {
+  plain(op, kCopyInts)
+      .word(K)
+      .word(from_offset / 4)
+      .word(to_offset / 4)
+      .tensor(from)
+      .tensor(to)
+      .run(groups_of(K), 1, kThreads);
+}
+
+Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc) {
+  const char* op = "lowbit::pack";
+  const Place place = place_of(packed, "packed");
+  check_mps(op, place);
+  Canonical c(op, packed, scales, zeros, perm, place, N, K, desc);
+  LOWBIT_CHECK(c.checked.desc.layout == Layout::kMetalTile4, op, ": desc asks for layout ",
+               name_of(c.checked.desc.layout), ", Metal packs ", name_of(Layout::kMetalTile4));
+  const MetalTile4 tile = metal_tile4(N, K, c.checked.desc);
+  set_geometry(c.params, tile);
+  Tensor out = empty_on(place, {tile.total_bytes}, ScalarType::Byte);
+  const auto strips = static_cast<uint32_t>(tile.strips);
+  // Planes are padded to 16 bytes: up to three more chunks.
+  plain(op, kPackCodes)
+      .params(c.params)
+      .tensor(packed)
+      .tensor(out)
+      .run(groups_of(tile.chunks + 3), strips, kThreads);
+  plain(op, kPackScales)
+      .params(c.params)
+      .tensor(scales)
+      .tensor(c.zeros)
+      .tensor(out)
+      .run(groups_of(tile.groups), strips, kThreads);
+  if (perm.has_value()) copy_perm(op, *perm, 0, out, tile.perm_offset, K);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, int64_t K,
+                                                  int64_t desc_bits) {
+  const char* op = "lowbit::unpack";
+  const Place place = place_of(w, "w");
+  check_mps(op, place);
+  const Weight weight(op, w, place, N, K, desc_bits);
+  const Desc& desc = weight.desc;
+  const CanonicalShape s = canonical_shape(N, K, desc);
+  mp::Canonical p = canonical_params(desc, s);
+  set_geometry(p, weight.tile);
+  Tensor packed = empty_on(place, {N, s.row_bytes}, ScalarType::Byte);
+  Tensor scales = empty_on(place, scales_shape(s), scale_scalar_type(desc.scale_dtype));
+  Tensor zeros = s.zero_bytes == 0 ? empty_on(place, {0}, ScalarType::Byte)
+                                   : empty_on(place, {N, s.groups}, zeros_scalar_type(desc));
+  Tensor perm = empty_on(place, {s.has_perm ? K : 0}, ScalarType::Int);
+  const auto rows = static_cast<uint32_t>(N);
+  plain(op, kUnpackCodes)
+      .params(p)
+      .tensor(w)
+      .tensor(packed)
+      .run(groups_of(weight.tile.chunks), rows, kThreads);
+  plain(op, kUnpackScales)
+      .params(p)
+      .tensor(w)
+      .tensor(scales)
+      .tensor(s.zero_bytes == 0 ? packed : zeros)
+      .run(groups_of(s.groups), rows, kThreads);
+  if (s.has_perm) copy_perm(op, w, weight.tile.perm_offset, perm, 0, K);
+  return {packed, scales, zeros, perm};
+}
+
+}  // namespace
+
+LOWBIT_IMPL(LOWBIT_METAL_KEY, m) {
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("dequantize_out", TORCH_BOX(&dequantize_out));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+}
+
+}  // namespace lowbit::metal

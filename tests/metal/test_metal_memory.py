@@ -1,0 +1,202 @@
+"""The Metal ops without a product: pack, unpack, dequantize, quantize, quantize_activation. The CPU's bits.
+
+Where a result is NaN, it is NaN on both; its sign and payload are the device's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cases
+import reference
+from cases import FP8, INT8, KINDS, SCALE_DTYPES, desc, fits, random_weight
+from metal_problems import BACKEND, metal_desc, on
+from reference import Spec, Weight
+
+ORDERS = ("forward", "reverse", "random")
+GROUP_SIZES = (8, 16, 24, 32, 64, 128, 256, -1)
+#: On every side of what the kernels count in: 8 codes, 16 bytes, 4 rows, 256 threads of 8 k.
+SHAPES = ((1, 1), (7, 15), (5, 31), (33, 64), (10, 100), (130, 257), (3, 2056))
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(
+        a.cpu().view(INTEGERS[a.element_size()]), b.view(INTEGERS[b.element_size()])
+    )
+
+
+def same_but_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """NaN for NaN, and otherwise the same bits."""
+    a = a.cpu()
+    nan = b.isnan()
+    return torch.equal(a.isnan(), nan) and same_bits(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
+
+
+def specs(kind: str) -> Iterator[tuple[Spec, int, int]]:
+    """Every group size; shapes, scale dtypes and perm take turns."""
+    format, zero_kind, scaling = KINDS[kind]
+    turn = zlib.crc32(kind.encode())
+    for i, group_size in enumerate((128,) * 3 if scaling == "block128" else GROUP_SIZES):
+        shapes = [s for s in SHAPES if scaling == "block128" or fits(group_size, s[1])]
+        N, K = shapes[(turn + i) % len(shapes)]
+        yield Spec(format, zero_kind, group_size, SCALE_DTYPES[(turn + i) % 3], scaling, i % 2 == 0), N, K
+
+
+def any_codes(spec: Spec, N: int, K: int) -> Weight:
+    """A weight with every code among its own, NaN codes too."""
+    codes = cases.rng(spec, N, K).integers(0, 2**spec.bits, (N, K))
+    stream = torch.from_numpy(reference.pack_stream(codes, spec.bits))
+    return dataclasses.replace(random_weight(spec, N, K), codes=codes, packed=stream)
+
+
+def moved(metal: Any, w: Weight) -> list[torch.Tensor | None]:
+    return [on(metal, t) for t in w.tensors]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pack_and_unpack(metal: Any, kind: str) -> None:
+    for i, (spec, N, K) in enumerate(specs(kind)):
+        metal.set_order(ORDERS[i % 3], seed=i)
+        weight, d = any_codes(spec, N, K), metal_desc(spec)
+        w = metal.ops.pack(*moved(metal, weight), N, K, d)
+        assert same_bits(w, torch.ops.lowbit.pack(*weight.tensors, N, K, d)), f"{spec} {N}x{K}"
+        for name, was, now in zip(
+            ("packed", "scales", "zeros", "perm"), weight.tensors, metal.ops.unpack(w, N, K, d), strict=True
+        ):
+            assert (now.numel() == 0) if was is None else same_bits(now, was), f"{spec} {N}x{K}: {name}"
+
+
+def test_pack_drops_what_is_past_K(metal: Any) -> None:
+    for format in cases.INT_FORMATS:
+        spec = Spec(format, "none", -1)
+        weight = random_weight(spec, 5, 13)
+        dirty = weight.packed.clone()
+        if 13 * spec.bits % 8:
+            dirty[:, -1] |= 0xFF << 13 * spec.bits % 8 & 0xFF
+        w = metal.ops.pack(on(metal, dirty), *moved(metal, weight)[1:], 5, 13, metal_desc(spec))
+        assert same_bits(w, torch.ops.lowbit.pack(*weight.tensors, 5, 13, metal_desc(spec))), format
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize(metal: Any, kind: str) -> None:
+    for i, (spec, N, K) in enumerate(specs(kind)):
+        metal.set_order(ORDERS[i % 3], seed=i)
+        weight = any_codes(spec, N, K)
+        for dtype in cases.DTYPES:
+            W = metal.ops.dequantize(*moved(metal, weight), N, K, desc(spec), dtype)
+            expected = torch.ops.lowbit.dequantize(*weight.tensors, N, K, desc(spec), dtype)
+            assert same_but_nan(W, expected), f"{spec} {N}x{K} {dtype}"
+        out = torch.empty(N * K + 1, dtype=dtype, device=metal.device)[1:].view(N, K)
+        metal.ops.dequantize_out(*moved(metal, weight), N, K, desc(spec), out)
+        assert same_but_nan(out, expected), f"{spec} {N}x{K} {dtype}: out"
+
+
+def test_dequantize_keeps_the_sign_of_zero(metal: Any) -> None:
+    """(q - zero) * scale is -0 where q = zero and the scale is negative; offsets add, and make it +0."""
+    for zero_kind in cases.ZERO_KINDS:
+        spec = Spec("int4", zero_kind, 8)
+        codes = np.tile(np.arange(16), (3, 2))
+        scales = torch.tensor([[1.0], [-1.0], [-0.5]]).expand(3, 4).contiguous()
+        zeros = {"int": torch.full((3, 4), 3, dtype=torch.uint8), "float": torch.full((3, 4), 3.0)}.get(zero_kind)
+        if zero_kind == "offset":
+            zeros = torch.tensor([0.0, -0.0, 1.0, -1.0]).expand(3, 4).contiguous()
+        w = Weight(spec, 3, 32, codes, torch.from_numpy(reference.pack_stream(codes, 4)), scales, zeros)
+        W = metal.ops.dequantize(*moved(metal, w), 3, 32, desc(spec), torch.float32)
+        assert same_bits(W, torch.ops.lowbit.dequantize(*w.tensors, 3, 32, desc(spec), torch.float32)), zero_kind
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_quantize_is_the_cpu(metal: Any, search: bool) -> None:
+    importance = torch.rand(40)
+    for kind in ("int4", "int3-int", "int8-offset", "nf4", "fp8_e4m3"):
+        format, zero_kind, _ = KINDS[kind]
+        weight, d = cases.random_x(9, 40, dtype=torch.bfloat16), desc(Spec(format, zero_kind, 16, "float16"))
+        found = metal.ops.quantize(on(metal, weight), d, search, on(metal, importance))
+        for a, b in zip(found, torch.ops.lowbit.quantize(weight, d, search, importance), strict=True):
+            assert a.device.type == metal.device and a.shape == b.shape and same_bits(a, b), kind
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+def values(style: str, M: int, K: int, dtype: torch.dtype) -> torch.Tensor:
+    x = cases.random_x(M, K) * 0.3
+    if style == "odd":
+        x = x.flatten()
+        pick = torch.randint(0, len(x), (max(1, len(x) // 9),), generator=cases.generator(M, K))
+        specials = torch.tensor([0.0, -0.0, 3e38, -3e38, torch.inf, -torch.inf, torch.nan])
+        x[pick] = specials[torch.arange(len(pick)) % len(specials)]
+        x = x.view(M, K)
+    elif style == "small":
+        x = x * 1e-41  # subnormal in fp32, which a GPU may take for 0
+    elif style == "zeros":
+        x = torch.where(torch.rand(M, K, generator=cases.generator(M, K)) < 0.5, 0.0, -0.0)
+    return x.to(dtype)
+
+
+STYLES = ("normal", "odd", "zeros") + (("small",) if BACKEND == "emulator" else ())
+
+
+def check_activation(metal: Any, x: torch.Tensor, *rest: Any) -> None:
+    arguments = [a.to(metal.device) if isinstance(a, torch.Tensor) else a for a in (x, *rest)]
+    found = metal.ops.quantize_activation(*arguments)
+    expected = torch.ops.lowbit.quantize_activation(x, *rest)
+    where = f"{tuple(x.shape)} stride {x.stride()} {x.dtype}, {rest}"
+    assert same_bits(found[0], expected[0]), f"{where}: codes"
+    assert same_but_nan(found[1], expected[1]), f"{where}: scales"
+    assert same_bits(found[2], expected[2]), f"{where}: zeros"
+
+
+@pytest.mark.parametrize("K", [1, 7, 100, 128, 512, 520, 2056])
+@pytest.mark.parametrize("format", ["int8", "int8-asym", "fp8", "fp8-g24", "fp8-g128"])
+def test_quantize_activation(metal: Any, format: str, K: int) -> None:
+    id, symmetric = INT8 if format.startswith("int8") else FP8, format != "int8-asym"
+    group = int(format[5:]) if "-g" in format else -1
+    pre_scale = torch.rand(K, generator=cases.generator(K)) + 0.5
+    for i, M in enumerate((0, 1, 3) if K < 1000 else (2,)):
+        for j, dtype in enumerate(cases.DTYPES):
+            metal.set_order(ORDERS[(i + j) % 3], seed=i)
+            for style in STYLES:
+                x = values(style, M, K, dtype) if M else torch.empty(0, K, dtype=dtype)
+                check_activation(metal, x, id, group, None, None, pre_scale if i % 2 else None, symmetric)
+
+
+def test_quantize_activation_with_a_static_scale(metal: Any) -> None:
+    scale, zero = torch.tensor([0.0371]), torch.tensor([-19], dtype=torch.int32)
+    for dtype in cases.DTYPES:
+        x = torch.cat([values("normal", 3, 200, dtype) * 20, values("odd", 3, 200, dtype)])
+        check_activation(metal, x, INT8, -1, scale, None, None, True)
+        check_activation(metal, x, INT8, -1, scale, zero, None, False)
+        check_activation(metal, x, FP8, -1, scale, None, None, True)
+
+
+def test_quantize_activation_of_strided_rows_and_out(metal: Any) -> None:
+    for dtype in cases.DTYPES:
+        x = values("normal", 5, 140, dtype)
+        for id, group in ((INT8, -1), (FP8, 128)):
+            part = x.to(metal.device)[:, 3:132]
+            found = metal.ops.quantize_activation(part, id, group, None, None, None, True)
+            expected = torch.ops.lowbit.quantize_activation(x[:, 3:132], id, group, None, None, None, True)
+            assert same_bits(found[0], expected[0]) and same_bits(found[1], expected[1]), (dtype, id)
+    q, s, z = metal.ops.quantize_activation(part, INT8, -1, None, None, None, False)
+    codes, scales, zeros = torch.empty_like(q), torch.empty_like(s), torch.empty_like(z)
+    metal.ops.quantize_activation_out(part, INT8, -1, None, None, None, False, codes, scales, zeros)
+    assert torch.equal(codes, q) and torch.equal(scales, s) and torch.equal(zeros, z)
+
+
+def test_wrong_arguments_are_refused_with_their_values(metal: Any) -> None:
+    weight = random_weight(Spec("int4"), 4, 8)
+    with pytest.raises(RuntimeError, match="desc asks for layout cpu_tile16, Metal packs metal_tile4"):
+        metal.ops.pack(*moved(metal, weight), 4, 8, desc(weight.spec, 1))
+    with pytest.raises(RuntimeError, match=r"packed has shape \[4, 4\], expected \[4, 8\]"):
+        metal.ops.dequantize(*moved(metal, weight), 4, 16, desc(weight.spec), torch.float32)
+    with pytest.raises(RuntimeError, match="weight is int32, expected float32"):
+        metal.ops.quantize(torch.zeros(4, 8, dtype=torch.int32, device=metal.device), desc(weight.spec), False, None)
