@@ -53,6 +53,7 @@ ISAS = compiled()
 #: What explain is asked about on each backend, and what tables call it.
 CPU = {isa: f"cpu:{isa}" for isa in ISAS}
 CUDA = {name: name for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")}
+METAL = {name: name for name in ("apple7", "apple9", "apple10")}
 
 
 #: Kernels that sum integers, exactly.
@@ -173,13 +174,13 @@ def matrix() -> list[str]:
     return lines
 
 
-def cuda_matrix() -> list[str]:
-    """CUDA: a row per set of devices that answer alike, for most answers are those of all."""
+def gpu_matrix(devices: dict[str, str]) -> list[str]:
+    """A row per set of devices that answer alike, for most answers are those of all."""
     lines = ["| op | x | weight | group size | device | kernel |", "|---|---|---|---|---|---|"]
-    for op, x, kind, sizes, answer in merged_rows(CUDA):
+    for op, x, kind, sizes, answer in merged_rows(devices):
         for kernel in dict.fromkeys(answer):
-            names = [name for name, other in zip(CUDA, answer, strict=True) if other == kernel]
-            where = "all" if len(names) == len(CUDA) else ", ".join(names)
+            names = [name for name, other in zip(devices, answer, strict=True) if other == kernel]
+            where = "all" if len(names) == len(devices) else ", ".join(names)
             lines.append(f"| `{op}` | {x} | {kind_names(kind)} | {sizes} | {where} | {kernel} |")
     return lines
 
@@ -196,11 +197,11 @@ def kernels() -> list[str]:
     return lines
 
 
-def cuda_kernels() -> list[str]:
+def gpu_kernels(backend: str) -> list[str]:
     lines = ["| kernel | op | takes | from | general |", "|---|---|---|---|---|"]
     for op, _ in INPUTS:
         for row in _C.kernel_table():
-            if row["backend"] == "cuda" and row["op"] == op:
+            if row["backend"] == backend and row["op"] == op:
                 general = "yes" if row["general"] else ""
                 lines.append(f"| `{row['name']}` | `{op}` | {row['takes']} | `{row['isa']}` | {general} |")
     return lines
@@ -253,7 +254,7 @@ def page() -> str:
         "| CPU, any other (portable C++) | works; what this page says of `portable` holds |",
         "| CUDA, compute capability 8.0 (Ampere) to 12.x (RTX Blackwell) | every op; run in the emulator of the tests, "
         "not yet on a GPU |",
-        "| Metal (MPS) | no kernels in this version |",
+        "| Metal (MPS), Apple silicon | every op; run in the emulator of the tests, not yet on a Mac ([metal.md](metal.md)) |",
         "",
         "## Weight formats",
         "",
@@ -281,16 +282,29 @@ def page() -> str:
         "A row is a kernel in one tile shape. The number after `m` is how many rows of x a tile has; a kernel takes any M,",
         "but beyond that number the next one is preferred. `from` is the least compute capability.",
         "",
-        *cuda_kernels(),
+        *gpu_kernels("cuda"),
         "",
         "## Which CUDA kernel serves which problem",
         "",
         f"Asked of {', '.join(f'`{name}`' for name in CUDA)}, and with fp32 scales, which take most shared memory. The group",
         "sizes are examples: a multiple of 16 behaves as 16 does, any other multiple of 8 as 8 does.",
         "",
-        *cuda_matrix(),
+        *gpu_matrix(CUDA),
         "",
         f"With `batch_invariant`, {cuda_invariant()}, and no tile is summed by several blocks.",
+        "",
+        "## Kernels of Metal",
+        "",
+        "The number after `m` is how many rows of x a SIMD-group or threadgroup takes at once. `from` is the first GPU family.",
+        "",
+        *gpu_kernels("metal"),
+        "",
+        "## Which Metal kernel serves which problem",
+        "",
+        f"Asked of {', '.join(f'`{name}`' for name in METAL)}. The group sizes are examples, as above. With `batch_invariant`,",
+        "`gemm` and `gemm_a8` run the `stream` kernels at every M.",
+        "",
+        *gpu_matrix(METAL),
         "",
     ]
     return "\n".join(lines)

@@ -52,7 +52,8 @@ def test_a_missing_barrier_is_poison(emulator: MetalEmulator) -> None:
 
 
 def test_a_matrix_loaded_too_early_is_poison(emulator: MetalEmulator) -> None:
-    assert all(planted(emulator, "planted_matrix", order).isnan().any() for order in ORDERS)
+    """In some order: where its other half runs first, all is there by luck."""
+    assert any(planted(emulator, "planted_matrix", order).isnan().any() for order in ORDERS)
 
 
 def test_threadgroup_memory_is_poison_at_first(emulator: MetalEmulator) -> None:

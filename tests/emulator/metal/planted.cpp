@@ -79,6 +79,7 @@ template <int kOnly>
                                LOWBIT_POSITION) {
   LOWBIT_SHARED(PlantedMatrix, shared);
   shared.values[thread_index] = half(x[thread_index]);
+  if (simd != 0u) return;
   simdgroup_matrix<half, 8, 8> a;
   simdgroup_load(a, shared.values, 8);
   simdgroup_matrix<float, 8, 8> d = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
