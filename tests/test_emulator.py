@@ -48,9 +48,47 @@ FOUND = {
     "too_many_threads": "1025 threads per block",
     "part_of_a_warp": "shuffle_xor in a warp of 16 threads",
     "trap": "thread 12: __trap",
+    # emulator/self_test_hopper.cu
+    "missing_full_wait": "an arrival past the 1 that the mbarrier at byte 0",
+    "missing_empty_wait": "an arrival past the 1 that the mbarrier at byte 0|refills a stage that nobody has waited for",
+    "refill_of_what_nobody_read": "a bulk copy refills a stage that nobody has waited for",
+    "missing_arrive": "deadlock: thread 0 waits for .* mbarrier at byte 0 .* lacks 1 of 1 arrivals and 0 bytes",
+    "missing_expect_tx": "a bulk copy to where another one is in flight",
+    "too_many_bytes_expected": "deadlock: thread 0 waits for .* lacks 0 of 1 arrivals and 16 bytes",
+    "more_bytes_than_a_barrier_counts": "1048576 bytes are announced to the mbarrier",
+    "extra_arrive": "an arrival past the 1 that the mbarrier at byte 8",
+    "missing_init_fence": "whose initialisation no fence_mbarrier_init followed",
+    "missing_init": "the mbarrier at byte 0 of shared memory was not initialised",
+    "two_inits": "the mbarrier at byte 16 of shared memory was initialised before",
+    "barrier_overwritten": "the mbarrier at byte 16 of shared memory was overwritten",
+    "copy_onto_barrier": "a bulk copy onto the mbarrier at byte 0",
+    "misaligned_bulk_copy": "source of a bulk copy is not a multiple of 16: it ends in 4",
+    "odd_bulk_copy": "size of a bulk copy is not a multiple of 16: it ends in 8",
+    "bulk_copy_past_the_end": "a bulk copy of 64 bytes to byte 4672 of the 3136 bytes of shared memory",
+    "undrained_bulk_copy": "a bulk copy is in flight when its block ends",
+    "bulk_source_changes": "the source of a bulk copy changed while it was in flight",
+    "bulk_destination_written": "the destination of a bulk copy was written while it was in flight",
+    "missing_async_arrive": "deadlock: .* lacks 1 of 128 arrivals",
+    "missing_async_wait": "a cp.async is in flight when its block ends",
+    "missing_cluster_barrier": "load_cluster: no barrier of the cluster before it",
+    "missing_second_cluster_barrier": "orders",
+    "missing_last_cluster_barrier": "load_cluster: block [012] of the cluster has ended",
+    "half_of_a_block_arrives": "load_cluster: no barrier of the cluster before it",
+    "cluster_wait_alone": "a cluster_wait without a cluster_arrive",
+    "rank_outside_the_cluster": "load_cluster: rank 4 of a cluster of 4",
+    "missing_remote_arrive": "deadlock: .* lacks 1 of 128 arrivals",
+    "missing_grid_wait": "a dependent launch's block ended without a grid_wait",
+    "read_before_grid_wait": "NaN",
+    "copy_before_grid_wait": "a copy of what this launch depends on, before the thread's grid_wait",
+    "grid_wait_below_sm_90": "grid_wait needs sm_90, this is sm_89",
+    "ragged_clusters": "clusters of 4 in a grid of 6 blocks",
 }
 #: The same, where only some orders show it.
-FOUND_IN_SOME_ORDER = {"missing_barrier_before_count": "without a fence_device and a sync_block"}
+FOUND_IN_SOME_ORDER = {
+    "missing_barrier_before_count": "without a fence_device and a sync_block",
+    "refill_of_what_is_read": "a bulk copy refills a stage that warp [012] still reads",
+    "missing_barrier_after_init": "the mbarrier at byte 0 of shared memory was not initialised",
+}
 #: What the plain build alone says in an error of its own: there the sanitizer stops the process first.
 FOUND_PLAIN = {
     "misaligned_vector": "an address that ends in 8, which is not aligned to 16 bytes",
@@ -88,7 +126,7 @@ def run(program, *words):
 def names(kind):
     """Of the checks or planted mistakes, read from the source, because collecting must not compile."""
     texts = [path.read_text() for path in sorted(Path(build.HERE).glob("self_test*.cu"))]
-    table = r"kPlanted = \{(.*?)\n\};" if kind == "planted" else r"Checks = \{(.*?)\n\};"
+    table = r"k\w*Planted = \{(.*?)\n\};" if kind == "planted" else r"Checks = \{(.*?)\n\};"
     return [name for text in texts for rows in re.findall(table, text, re.S) for name in re.findall(r'\{"(\w+)"', rows)]
 
 
@@ -97,7 +135,7 @@ def signatures(text):
     text = re.sub(r"//.*", "", text)
     text = text[text.index("namespace lowbit::cuda::ptx") :]
     found = set()
-    head = r"^(?:__device__ )?(?:inline |constexpr )*(?:void|float|double|bool|u?int\w*) (\w+)"
+    head = r"^(?:__device__ )?(?:inline |constexpr )*(?:void|float2?|double|bool|u?int\w*) (\w+)"
     for name, parameters in re.findall(head + r"\(((?:[^()]|\([^()]*\))*)\)(?=;| \{)", text, re.M):
         kinds = []
         for parameter in re.sub(r"\s+", " ", parameters).split(", "):
@@ -109,10 +147,11 @@ def signatures(text):
     return found
 
 
-def test_defines_every_ptx_function_and_no_other():
-    device = signatures((ROOT / "csrc/cuda/ptx.cuh").read_text())
-    emulated = signatures((ROOT / "tests/emulator/ptx.h").read_text())
-    assert len(device) > 30, "the pattern finds too few"
+@pytest.mark.parametrize(("header", "count"), [("ptx", 30), ("ptx_hopper", 15)])
+def test_defines_every_ptx_function_and_no_other(header, count):
+    device = signatures((ROOT / f"csrc/cuda/{header}.cuh").read_text())
+    emulated = signatures((ROOT / f"tests/emulator/{header}.h").read_text())
+    assert len(device) > count, "the pattern finds too few"
     assert device == emulated
 
 

@@ -13,6 +13,17 @@ struct Grid {
   uint32_t x = 1, y = 1, z = 1;
 };
 
+// What a launch may ask of sm_90 and later.
+struct LaunchOptions {
+  uint32_t cluster = 1;  // blocks along x that run together; the grid is a multiple of it
+  // Starts while the kernel before it on the stream ends: every block must execute ptx::grid_wait() before it reads what
+  // that one wrote, and before anything that it read is written. No kernel before may write what is read earlier.
+  bool dependent = false;
+  // What the kernel before may write; only the emulator looks at it.
+  const void* depends = nullptr;
+  int64_t depends_bytes = 0;
+};
+
 // What selection must know of a device; asked once per device and kept.
 struct DeviceInfo {
   int capability;  // 80, 86, 89, 90, 120, ...

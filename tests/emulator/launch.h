@@ -15,6 +15,7 @@ struct Call {
   const void* kernel;                                      // its address: which instantiation
   void (*run)(const void* kernel, const void* arguments);  // one thread, start to end
   const void* arguments;
+  cuda::LaunchOptions options;
 };
 void run_grid(const Call& call, cuda::Grid grid, int threads, int64_t shared);
 
@@ -23,8 +24,8 @@ void run_grid(const Call& call, cuda::Grid grid, int threads, int64_t shared);
 namespace lowbit::cuda {
 
 template <class... Args>
-void launch(const char* name, void (*kernel)(Args...), Grid grid, int threads, int64_t shared,
-            Stream stream, Args... args) {
+void launch_with(const LaunchOptions& options, const char* name, void (*kernel)(Args...), Grid grid,
+                 int threads, int64_t shared, Stream stream, Args... args) {
   static_assert((sizeof(Args) + ... + 0) <= 4096, "CUDA takes at most 4 KB of kernel arguments");
   (void)stream;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
@@ -35,8 +36,14 @@ void launch(const char* name, void (*kernel)(Args...), Grid grid, int threads, i
     std::apply(reinterpret_cast<void (*)(Args...)>(const_cast<void*>(address)),
                *static_cast<const Arguments*>(given));
   };
-  emulator::run_grid({name, reinterpret_cast<const void*>(kernel), run, &arguments}, grid, threads,
-                     shared);
+  emulator::run_grid({name, reinterpret_cast<const void*>(kernel), run, &arguments, options}, grid,
+                     threads, shared);
+}
+
+template <class... Args>
+void launch(const char* name, void (*kernel)(Args...), Grid grid, int threads, int64_t shared,
+            Stream stream, Args... args) {
+  launch_with(LaunchOptions{}, name, kernel, grid, threads, shared, stream, args...);
 }
 
 }  // namespace lowbit::cuda

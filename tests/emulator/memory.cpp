@@ -61,6 +61,7 @@ void copy_16(void* to, const void* from, int bytes, Site at) {
                      thread.shared_bytes, " bytes of shared memory"),
               at);
   }
+  if (bytes > 0) check_dependence(from, bytes, at);
   Copy copy{static_cast<uint8_t*>(to),
             static_cast<const uint8_t*>(from),
             bytes,
@@ -111,6 +112,7 @@ void cp_async_commit() { ++this_thread().open_group; }
 uint4 load_once(const uint4* from, Site at) {
   check_aligned(from, "the address of a 16-byte load", at);
   if (is_shared(from, 16)) fail_here("a global load from shared memory", at);
+  check_dependence(from, 16, at);
   return *from;
 }
 

@@ -1,9 +1,10 @@
 """`make mutants`: would the tests notice if a barrier, a wait, a fence or a bounds check were missing?
 
-Every call of sync_block, sync_warp, cp_async_wait, cp_async_commit and fence_device in the kernels is left out, one at a
-time, and every inside(...) taken for true. The short list of problems (short_list.py) must then fail: by an error, by other
-numbers than the reference, by other bits in another order of threads, or under AddressSanitizer. A mutant that passes it
-must stand in survivors.toml with a reason; one that does not, or an entry that is no longer needed, is a failure.
+Every call of sync_block, sync_warp, cp_async_wait, cp_async_commit, fence_device, and of what ptx_hopper.cuh has of the
+kind (memory barriers, barriers of clusters, grid_wait), is left out, one at a time, and every inside(...) taken for true.
+The short list of problems (short_list.py) must then fail: by an error, by other numbers than the reference, by other bits
+in another order of threads, or under AddressSanitizer. A mutant that passes it must stand in survivors.toml with a reason;
+one that does not, or an entry that is no longer needed, is a failure.
 
 Mutants are not compiled one by one. All of them are in one library, each behind a switch (mutant.h), and each is run in a
 forked process by those problems alone that reach it. Predicates run under the sanitizers, the rest without, in several orders.
@@ -34,11 +35,16 @@ SOURCES = build.ROOT / "csrc"
 COPY = build.CACHE / "mutants" / "csrc"
 SURVIVORS = build.HERE / "survivors.toml"
 #: Not kernels, but what they are written in.
-LANGUAGE = {"device.cuh", "ptx.cuh", "launch.cuh"}
+LANGUAGE = {"device.cuh", "ptx.cuh", "ptx_hopper.cuh", "launch.cuh"}
 SANITIZERS = "address,undefined"
 ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2), ("random", 3))
 
-CALL = re.compile(r"ptx::(?:(sync_block|sync_warp|cp_async_commit|fence_device)\(\)|(cp_async_wait)<[^;]*?>\(\))")
+CALL = re.compile(
+    r"ptx::(?:(sync_block|sync_warp|cp_async_commit|fence_device|fence_mbarrier_init|fence_proxy_async|"
+    r"sync_cluster|cluster_arrive|cluster_arrive_relaxed|cluster_wait|grid_wait)\(\)|(cp_async_wait)<[^;]*?>\(\))"
+)
+#: Calls with arguments.
+BARRIER_CALL = re.compile(r"ptx::(mbarrier_(?:arrive|arrive_remote|expect_tx|wait)|cp_async_mbarrier_arrive)\(")
 PREDICATE = re.compile(r"(?<!bool )\binside\(")
 
 
@@ -75,6 +81,7 @@ def closing(text: str, opening: int) -> int:
 def places(text: str) -> Iterator[tuple[int, int, str]]:
     """Start, end and name of everything in a source file that is to be mutated, outer calls before those inside."""
     found = [(m.start(), m.end(), m.group(1) or m.group(2)) for m in CALL.finditer(text)]
+    found += [(m.start(), closing(text, m.end() - 1), m.group(1)) for m in BARRIER_CALL.finditer(text)]
     found += [(m.start(), closing(text, m.end() - 1), "inside") for m in PREDICATE.finditer(text)]
     for start, end, name in sorted(found):
         line = text[text.rfind("\n", 0, start) + 1 : start]

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <string>
@@ -24,9 +25,11 @@
 namespace lowbit::emulator {
 namespace {
 
+constexpr uint32_t kMostCluster = 8;
+
 // ---- a grid ------------------------------------------------------------------------------------------------------------
 
-// The blocks of one launch, in the order in which they start.
+// The clusters of one launch, in the order in which they start. Mostly a cluster is one block.
 class Work {
  public:
   Work(const Call& call, cuda::Grid grid, int threads, int64_t shared)
@@ -35,7 +38,7 @@ class Work {
         grid_(grid),
         threads_(threads),
         shared_(shared),
-        order_(size_t{grid.x} * grid.y * grid.z) {
+        order_(size_t{grid.x} * grid.y * grid.z / call.options.cluster) {
     std::iota(order_.begin(), order_.end(), 0u);
     if (settings_.blocks == Order::kReverse) {
       std::iota(order_.rbegin(), order_.rend(), 0u);
@@ -47,24 +50,37 @@ class Work {
     }
   }
 
-  // Runs blocks until none is left. Any number of CPU threads call this at once. Fibers stay with the CPU thread that
-  // made them, so each keeps its own place to run blocks.
+  // Runs clusters until none is left. Any number of CPU threads call this at once. Fibers stay with the CPU thread that
+  // made them, so each keeps its own places to run blocks.
   void run() {
-    static thread_local Block block;
-    bool prepared = false;
+    static thread_local std::vector<std::unique_ptr<Block>> blocks;
+    const uint32_t size = call_.options.cluster, wide = grid_.x / size;
+    Cluster cluster{};
     watch_faults();
     for (uint32_t linear; take(linear);) {
-      if (!prepared) block.prepare(call_, settings_, grid_, threads_, shared_);
-      prepared = true;
-      block.run({linear % grid_.x, linear / grid_.x % grid_.y, linear / grid_.x / grid_.y});
-      if (!block.error.empty()) {
-        fail(block.error);
+      while (blocks.size() < size) blocks.push_back(std::make_unique<Block>());
+      if (cluster.blocks.empty()) {
+        for (uint32_t i = 0; i < size; ++i) {
+          blocks[i]->prepare(call_, settings_, grid_, threads_, shared_);
+          cluster.blocks.push_back(blocks[i].get());
+        }
+      }
+      std::vector<Dim> indices;
+      for (uint32_t i = 0; i < size; ++i) {
+        indices.push_back(
+            {linear % wide * size + i, linear / wide % grid_.y, linear / wide / grid_.y});
+      }
+      cluster.run(indices);
+      if (!cluster.error.empty()) {
+        // Fibers of the other blocks stay in the middle of the kernel, too.
+        for (Block* block : cluster.blocks) block->error = cluster.error;
+        fail(cluster.error);
         return;
       }
     }
   }
 
-  size_t blocks() const { return order_.size(); }
+  size_t clusters() const { return order_.size(); }
   const std::string& error() const { return error_; }
 
  private:
@@ -179,10 +195,16 @@ void run_grid(const Call& call, cuda::Grid grid, int threads, int64_t shared) {
                " blocks, CUDA takes 2147483647 x 65535 x 65535");
   LOWBIT_CHECK(shared >= 0 && shared <= all.shared_per_block, call.name, ": ", shared,
                " bytes of shared memory per block, the device has ", all.shared_per_block);
+  const uint32_t cluster = call.options.cluster;
+  LOWBIT_CHECK(cluster == 1 || all.capability >= 90, call.name,
+               ": clusters need sm_90, this is sm_", all.capability);
+  LOWBIT_CHECK(cluster >= 1 && cluster <= kMostCluster && grid.x % cluster == 0, call.name,
+               ": clusters of ", cluster, " in a grid of ", grid.x, " blocks; at most ",
+               kMostCluster, " are portable");
   count_launch(call.name, call.kernel);
   Work work(call, grid, threads, shared);
   const int helpers =
-      static_cast<int>(std::min<size_t>(static_cast<size_t>(all.workers), work.blocks())) - 1;
+      static_cast<int>(std::min<size_t>(static_cast<size_t>(all.workers), work.clusters())) - 1;
   if (helpers > 0) {
     Pool::instance().run(work, helpers);
   } else {

@@ -55,21 +55,6 @@ bool same_place(Site one, Site other) {
 
 // ---- what the end of a pass means --------------------------------------------------------------------------------------
 
-std::string describe_wait(const Thread& thread) {
-  switch (thread.state) {
-    case State::kAtCollective:
-      return concat("thread ", thread.index, " is at ", thread.collective->name, " (",
-                    describe(thread.at), ")");
-    case State::kAtBarrier:
-      return concat("thread ", thread.index, " is at sync_block (", describe(thread.at), ")");
-    case State::kEnded:
-      return concat("thread ", thread.index, " has returned");
-    case State::kRunnable:
-      break;
-  }
-  return concat("thread ", thread.index, " runs");
-}
-
 [[noreturn]] void fail_divergent(const Thread& one, const Thread& other, const char* what) {
   fail_thread(one, concat("divergent ", what, ": ", describe_wait(one), ", ", describe_wait(other)),
               one.at);
@@ -94,9 +79,15 @@ Thread* end_pass(Warp& warp, Block& block) {
     begin_pass(warp, block);
     return next_runnable(warp);
   }
+  if (warp.woken) {
+    warp.woken = false;
+    begin_pass(warp, block);
+    if (Thread* next = next_runnable(warp)) return next;
+  }
   if (warp.at_collective > 0) {
     for (int i = 0; i < warp.count; ++i) {
-      if (warp.lanes[i]->state != State::kAtCollective) {
+      const State state = warp.lanes[i]->state;
+      if (state == State::kAtBarrier || state == State::kEnded) {
         fail_divergent(*warp.first, *warp.lanes[i], "collective");
       }
     }
@@ -138,6 +129,7 @@ void thread_main() {
 // ---- a block -----------------------------------------------------------------------------------------------------------
 
 void start_warp(Block& block, Warp& warp) {
+  warp.woken = false;
   begin_pass(warp, block);
   Thread* first = next_runnable(warp);
   current = first;
@@ -159,10 +151,10 @@ Warp* next_warp(Block& block) {
   return nullptr;
 }
 
-// All warps wait: true when they may go on, false when the block has ended.
+// All warps wait: true when a barrier lets them go on.
 bool pass_barrier(Block& block) {
-  int waiting = 0;
-  for (const Warp& warp : block.warps) waiting += warp.at_barrier;
+  size_t waiting = 0;
+  for (const Warp& warp : block.warps) waiting += static_cast<size_t>(warp.at_barrier);
   if (waiting == 0) return false;
   for (Thread& thread : block.threads) {
     if (thread.state == State::kEnded) {
@@ -172,6 +164,8 @@ bool pass_barrier(Block& block) {
       return false;
     }
   }
+  if (waiting != block.threads.size()) return false;  // some wait for a memory barrier
+  block.async.forget_readers();
   for (Thread& thread : block.threads) thread.state = State::kRunnable;
   for (Warp& warp : block.warps) {
     warp.at_barrier = 0;
@@ -180,6 +174,15 @@ bool pass_barrier(Block& block) {
   block.at_barrier = nullptr;
   ++block.barriers;
   return true;
+}
+
+// A launch after this one may start once its blocks have ended: before what this one depends on, if they did not wait.
+void check_grid_wait(Block& block) {
+  for (const Thread& thread : block.threads) {
+    if (thread.waited_for_grid) return;
+  }
+  block.error =
+      concat(describe(block.threads[0]), ": a dependent launch's block ended without a grid_wait");
 }
 
 bool guard_is_whole(const uint8_t* guard) {
@@ -192,6 +195,25 @@ bool guard_is_whole(const uint8_t* guard) {
 }  // namespace
 
 // ---- messages ----------------------------------------------------------------------------------------------------------
+
+std::string describe_wait(const Thread& thread) {
+  switch (thread.state) {
+    case State::kAtCollective:
+      return concat("thread ", thread.index, " is at ", thread.collective->name, " (",
+                    describe(thread.at), ")");
+    case State::kAtBarrier:
+      return concat("thread ", thread.index, " is at sync_block (", describe(thread.at), ")");
+    case State::kWaiting:
+      return concat("thread ", thread.index, " waits for ",
+                    describe_barrier(*thread.block, thread.waits_for), " (", describe(thread.at),
+                    ")");
+    case State::kEnded:
+      return concat("thread ", thread.index, " has returned");
+    case State::kRunnable:
+      break;
+  }
+  return concat("thread ", thread.index, " runs");
+}
 
 std::string describe(Site at) {
   if (at.file == nullptr) return "";
@@ -258,6 +280,19 @@ void meet_block(Site at) {
   yield(thread);
 }
 
+void sleep_thread(Site at) {
+  Thread& thread = this_thread();
+  thread.state = State::kWaiting;
+  thread.at = at;
+  yield(thread);
+}
+
+void wake_thread(Thread& thread) {
+  thread.state = State::kRunnable;
+  thread.warp->woken = true;
+  thread.warp->runnable = true;
+}
+
 uint32_t Random::next() {
   state += 0x9e3779b97f4a7c15u;
   uint64_t z = state;
@@ -316,11 +351,13 @@ void Block::prepare(const Call& to_run, const Settings& with, cuda::Grid grid, i
   }
 }
 
-void Block::run(Dim index) {
+void Block::start(Dim index) {
   std::memset(shared_allocation, kGuard, static_cast<size_t>(shared_bytes + 2 * kGuardBytes));
   std::memset(shared, settings.poison, static_cast<size_t>(shared_bytes));
   barriers = counted_at = 0;
   at_barrier = nullptr;
+  ended = false;
+  async.start(*this);
   const uint64_t linear = index.x + uint64_t{index.y} * 0x10001u + uint64_t{index.z} * 0x3000001u;
   random.state = settings.seed * 0x2545f4914f6cdd1du + linear;
   for (Thread& thread : threads) {
@@ -329,25 +366,41 @@ void Block::run(Dim index) {
     thread.copies.clear();
     thread.open_group = 0;
     thread.fenced_at = -1;
+    thread.at_cluster = AtCluster::kElsewhere;
+    thread.waited_for_grid = false;
   }
   for (Warp& warp : warps) {
     warp.at_collective = warp.at_barrier = warp.ended = 0;
     warp.runnable = true;
+    warp.woken = false;
     put_in_order(warp, settings.threads, random);
   }
+}
+
+bool Block::advance() {
+  bool moved = false;
   do {
     for (Warp* warp = next_warp(*this); warp != nullptr; warp = next_warp(*this)) {
       start_warp(*this, *warp);
-      if (!error.empty()) return;
+      moved = true;
+      if (!error.empty()) return true;
     }
   } while (pass_barrier(*this));
-  if (!error.empty()) return;
+  if (!error.empty()) return true;
+  for (const Warp& warp : warps) {
+    if (warp.ended != warp.count) return moved;
+  }
+  ended = true;
+  async.end();
+  if (error.empty() && call->options.dependent) check_grid_wait(*this);
+  if (!error.empty()) return true;
   if (!guard_is_whole(shared_allocation)) {
     error = concat(describe(threads[0]), ": something wrote in front of shared memory");
   } else if (!guard_is_whole(shared + shared_bytes)) {
     error = concat(describe(threads[0]), ": something wrote past the ", shared_bytes,
                    " bytes of shared memory");
   }
+  return true;
 }
 
 }  // namespace lowbit::emulator

@@ -6,13 +6,18 @@
 //
 //   all lanes at the same collective      it is carried out, and the next pass begins
 //   all lanes at the barrier, or ended    the warp waits for the other warps
+//   some at a memory barrier              the warp waits until that wakes them (mbarrier.cpp)
 //   anything else                         divergence: the launch fails and says who waits where
+//
+// The blocks of a cluster take turns on their CPU thread. When none of them can go on, a copy that is in flight lands
+// (async.h); when none is, they are deadlocked, and the launch fails.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "emulator/async.h"
 #include "emulator/fiber.h"
 #include "emulator/launch.h"
 #include "emulator/ptx.h"
@@ -25,6 +30,7 @@ inline constexpr int kMaxThreads = 1024;
 
 struct Warp;
 struct Block;
+struct Cluster;
 
 // Something that a warp does together. Every lane brings its operands; the last to arrive carries it out for all.
 struct Collective {
@@ -32,17 +38,11 @@ struct Collective {
   void (*run)(void* const (&operands)[kLanes]);  // null: nothing to exchange
 };
 
-// A cp.async that has been issued and not been waited for.
-struct Copy {
-  uint8_t* to;
-  const uint8_t* from;
-  int bytes;
-  uint8_t data[16];  // the source as it was
-  int64_t group;
-  Site at;
-};
+// kWaiting: for a memory barrier's phase, or for the cluster.
+enum class State : uint8_t { kRunnable, kAtCollective, kAtBarrier, kWaiting, kEnded };
 
-enum class State : uint8_t { kRunnable, kAtCollective, kAtBarrier, kEnded };
+// Where a thread stands between two barriers of its cluster: kReleased has arrived, as all others have, and not waited.
+enum class AtCluster : uint8_t { kElsewhere, kArrived, kReleased };
 
 struct Thread : Place {
   Block* block;
@@ -56,6 +56,10 @@ struct Thread : Place {
   int64_t open_group;        // the group that the next commit closes
   int64_t
       fenced_at;  // barriers that the block had passed at the last fence; -1: none since the last count
+  const uint64_t* waits_for;  // a memory barrier, or null: the cluster
+  uint32_t parity;
+  AtCluster at_cluster;
+  bool waited_for_grid;
 };
 
 struct Warp {
@@ -66,6 +70,7 @@ struct Warp {
   uint8_t order[kLanes];  // lanes, in the order of this pass
   int at_collective, at_barrier, ended;
   bool runnable;
+  bool woken;           // a lane has become runnable since this pass began
   const Thread* first;  // the first to arrive at the collective
 };
 
@@ -90,12 +95,44 @@ struct Block {
   int64_t barriers = 0;                // passed by this block
   int64_t counted_at = 0;              // barriers at the last atomic_increment
   const Thread* at_barrier = nullptr;  // the first to arrive
+  Async async;                         // memory barriers, and copies in flight
+  Cluster* cluster = nullptr;
+  uint32_t rank = 0;  // in the cluster
+  bool ended = false;
   std::string error;
 
   ~Block();
   void prepare(const Call& to_run, const Settings& with, cuda::Grid grid, int thread_count,
                int64_t bytes);
-  void run(Dim index);  // leaves what went wrong in `error`
+  void start(Dim index);
+  // Runs until the block ends, or until all of it waits for something that only copies or other blocks can bring. False
+  // when nothing could run. Leaves what went wrong in `error`.
+  bool advance();
+  int64_t offset(const void* pointer) const {
+    return static_cast<const uint8_t*>(pointer) - shared;
+  }
+};
+
+// Blocks that run at once. A launch without clusters has clusters of one.
+struct Cluster {
+  std::vector<Block*> blocks;
+  int arrived;       // threads, at the barrier of the cluster
+  int64_t barriers;  // passed
+  Random random;
+  uint8_t*
+      dependence;  // what the launch depends on, as it was, while it is hidden (cluster.cpp); else null
+
+  // Runs all of it; leaves what went wrong in `error`.
+  void run(const std::vector<Dim>& indices);
+  std::string error;
+
+ private:
+  bool turn();
+  bool land_one();
+  void hide_dependence();
+
+ public:
+  void show_dependence();
 };
 
 Thread& this_thread();
@@ -103,6 +140,9 @@ Thread& this_thread();
 // Waits until the whole warp has arrived, and until the last to arrive has carried the collective out.
 void meet(const Collective& collective, void* operands, Site at);
 void meet_block(Site at);
+// Waits until somebody wakes this thread.
+void sleep_thread(Site at);
+void wake_thread(Thread& thread);
 // Ends the launch. The fibers of the block stay where they are.
 [[noreturn]] void fail_thread(const Thread& thread, const std::string& what, Site at);
 [[noreturn]] void fail_here(const std::string& what, Site at);
@@ -110,10 +150,14 @@ void meet_block(Site at);
 // Whether `bytes` bytes lie in the running block's shared memory.
 bool is_shared(const void* pointer, int64_t bytes);
 
+// The block of this rank in the running block's cluster, for an access at the place of `own`.
+Block& other_block(const void* own, int64_t bytes, uint32_t rank, const char* what, Site at);
+
 // What a thread's end does to its copies in flight.
 void end_copies();
 
 std::string describe(const Thread& thread);
+std::string describe_wait(const Thread& thread);
 std::string describe(Site at);
 
 }  // namespace lowbit::emulator

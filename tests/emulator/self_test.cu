@@ -412,11 +412,13 @@ static void run_check(const Check& check) {
 
 int main(int count, char** words) {
   const std::string what = count > 1 ? words[1] : "", name = count > 2 ? words[2] : "";
-  for (const Planted& planted : kPlanted) {
-    if (what == "list") std::printf("planted %s\n", planted.name);
-    if (what == "planted" && name == planted.name) {
-      run_orders(planted, count > 3 && std::string(words[3]) == "wrong");
-      return 0;
+  for (const auto* mistakes : {&kPlanted, &kHopperPlanted}) {
+    for (const Planted& planted : *mistakes) {
+      if (what == "list") std::printf("planted %s\n", planted.name);
+      if (what == "planted" && name == planted.name) {
+        run_orders(planted, count > 3 && std::string(words[3]) == "wrong");
+        return 0;
+      }
     }
   }
   for (const auto* checks : {&kExchangeChecks, &kMatrixChecks, &kNumberChecks}) {
