@@ -167,3 +167,30 @@ def test_here_there_are_none() -> None:
         preferred_layout(torch.device("mps"), weight.scheme)
     packed = weight.pack(LAYOUT)
     assert QuantizedWeight.unpack(packed, weight.scheme, (8, 64), layout=LAYOUT) == weight
+
+
+def test_what_starts_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's C interface, where there is one and nobody asks for the other."""
+    for there, variable, by_python in ((True, "", False), (True, "0", False), (True, "1", True), (False, "", True)):
+        monkeypatch.setattr(_C, "has_metal_interface", lambda there=there: there)
+        monkeypatch.setenv("LOWBIT_METAL_COMPILE_SHADER", variable)
+        assert _metal._needs_python() == by_python
+    assert (_metal.started_by() is not None) == _metal.loaded()
+
+
+def test_tensors_on_mps_are_refused_with_the_reason() -> None:
+    """Where PyTorch has MPS and lowbit has no kernels for it; a subprocess, because registrations last."""
+    code = (
+        "import torch; from lowbit import _refusals; from torch._subclasses import FakeTensorMode\n"
+        "_refusals.refuse_tensors('MPS', 'on mps', 'Metal', 'because')\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('lowbit::gemm', 'MPS'))\n"
+        "kernel = torch.library.get_kernel('lowbit::gemm', 'MPS')\n"
+        "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)\n"
+        "try: kernel.call_boxed(keys, torch.ones(1, 8), torch.ones(1, dtype=torch.uint8), None, 1, 8, 0, 0)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    if _metal.loaded():
+        pytest.skip("this is a Mac")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == "True", done.stderr
+    assert "lowbit::gemm: a tensor is on mps, and there are no Metal kernels here: because." in done.stdout, done.stdout

@@ -9,6 +9,7 @@
 #include "common/strict.h"
 #include "cpu/isa.h"
 #include "cuda/select.h"
+#include "metal/launcher.h"
 #include "metal/select.h"
 
 namespace py = pybind11;
@@ -94,6 +95,12 @@ void force_kernel(const std::string& name) {
   lowbit::cuda::force_kernel(is_metal && !is_cuda ? "" : name);
 }
 
+void set_metal_launcher(uintptr_t compile, uintptr_t launch) {
+  lowbit::metal::set_launcher(
+      {reinterpret_cast<decltype(lowbit::metal::Launcher::compile)>(compile),
+       reinterpret_cast<decltype(lowbit::metal::Launcher::launch)>(launch)});
+}
+
 py::dict cpu_features() {
   py::dict features;
   for (const auto& [name, present] : lowbit::cpu_features()) features[py::str(name)] = present;
@@ -151,6 +158,10 @@ PYBIND11_MODULE(_C, m) {
       },
       "chip"_a = "",
       "This machine's Apple GPU, or that of a chip such as 'Apple M3 Max', as explain() takes it.");
+  m.def("has_metal_interface", &lowbit::metal::has_metal_interface,
+        "Whether this torch has the C interface that the Metal kernels are started through.");
+  m.def("set_metal_launcher", &set_metal_launcher, "compile"_a, "launch"_a,
+        "Start Metal kernels by these C functions (csrc/metal/launcher.h); two zeros: by torch's.");
   m.def("cpu_features", &cpu_features, "What this CPU offers.");
   m.def("isa", &lowbit::current_isa, "The instruction set that the CPU kernels use.");
   m.def("isa_levels", &lowbit::isa_levels, "Instruction sets this machine can run, best first.");

@@ -1,7 +1,7 @@
 // Shaders on torch's Metal: compiled once per variant, found again in a table, encoded on torch's current MPS stream.
 //
 // Everything goes through torch's C interface (aoti_torch/c/shim_mps.h), in plain C++: the emulator implements the same functions
-// on the CPU (tests/emulator/metal/shim.cpp).
+// on the CPU (tests/emulator/metal/shim.cpp). Or through a launcher (metal/launcher.h), where there is one.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim_mps.h>
@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "common/tensor.h"
+#include "metal/launcher.h"
 #include "metal/params.h"
 #include "metal/shaders.h"
 
@@ -26,7 +27,7 @@ inline constexpr int kKernelsPerShader = 8;
 std::string kernel_name(const Pipeline& pipeline);
 
 // One launch: words, then tensors, then run. Arguments take the next buffer each. Throws Error, with the op's name, where torch
-// refuses; torch itself has written why to stderr.
+// refuses; its C interface has written why to stderr then.
 class Command {
  public:
   Command(const char* op, const Pipeline& pipeline);
@@ -53,10 +54,11 @@ class Command {
     int64_t word;
   };
   static void encode(AOTIMetalKernelFunctionHandle function, void* command) noexcept;
+  void run_on_torch();
+  void run_on(const Launcher& launcher);
 
   const char* op_;
   Pipeline pipeline_;
-  AOTIMetalKernelFunctionHandle function_;
   Argument arguments_[kMost];
   int count_ = 0;
   uint64_t threads_[3], group_[3];

@@ -38,6 +38,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
                ", expected [N, K]");
   float_element(op, "weight", weight);
+  const Desc desc = decode_desc(desc_bits);
+  LOWBIT_CHECK(!desc.has_perm, op,
+               ": desc has a perm; quantize the permuted weight and give the perm to pack");
+  canonical_shape(weight.size(0), weight.size(1), desc);  // throws where there is no such weight
   if (importance.has_value())
     check_plain(op, "importance", *importance, place, ScalarType::Float, {weight.size(1)});
   OptionalTensor importance_there;
@@ -50,7 +54,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
 #else
   const char* name = LOWBIT_TEXT(LOWBIT_OP_NAMESPACE) "::quantize";
 #endif
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  // What it could refuse has been refused; torch's macro for this is not in 2.11.
+  LOWBIT_CHECK(
+      torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS, op,
+      ": the CPU's quantizer failed; torch has written why to stderr");
   using torch::stable::detail::to;
   return {moved_to(place, to<Tensor>(stack[0])), moved_to(place, to<Tensor>(stack[1])),
           moved_to(place, to<Tensor>(stack[2]))};

@@ -78,6 +78,9 @@ def make_desc(
 ) -> int:
     """The int that tells an op what a weight is; ValueError where no such weight exists."""
 
+def has_metal_interface() -> bool:
+    """Whether this torch has the C interface that the Metal kernels are started through."""
+
 def metal_model(chip: str = "") -> str:
     """This machine's Apple GPU, or that of a chip such as "Apple M3 Max", as `explain` takes it: "apple9:40"."""
 
@@ -89,6 +92,9 @@ def parse_desc(desc: int) -> _DescFields:
 
 def preferred_layout(device_type: str, desc: int) -> int:
     """The kernel layout of a kind of device; ValueError when there are no kernels for it, in any build."""
+
+def set_metal_launcher(compile: int, launch: int) -> None:
+    """Start Metal kernels by these C functions (csrc/metal/launcher.h) in the process; two zeros: by torch's."""
 
 def set_extra_isa(name: str, tile_kernels: int) -> None:
     """For tests: add a level that runs only when named, with the AmxKernels at this address; 0 removes it."""

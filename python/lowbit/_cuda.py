@@ -6,13 +6,13 @@ Nothing here initialises CUDA: loading the library registers its ops and runs no
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final
 
 import torch
 
 from lowbit import _C
+from lowbit._refusals import refuse_tensors
 
 __all__ = ["absent_reason", "code_for", "device_string", "driver_problem", "least_driver", "loaded"]
 
@@ -21,7 +21,6 @@ LIBRARY: Final = Path(_C.__file__).parent / "liblowbit_cuda.so"
 #: The oldest driver (its first number) for programs built with a CUDA release, by that release's first number: NVIDIA's
 #: table of minor version compatibility.
 _LEAST_DRIVER: Final = {11: 450, 12: 525, 13: 580}
-_KEEP: Final[list[torch.library.Library]] = []  # what is registered here lasts as long as these objects
 
 
 def _load() -> str | None:
@@ -37,27 +36,9 @@ def _load() -> str | None:
     return None
 
 
-def _refuse_cuda_tensors(reason: str) -> None:
-    """Without kernels, an op that is given a CUDA tensor says why there are none, and not that a dispatch key is missing."""
-
-    def refuse(name: str) -> Callable[..., NoReturn]:
-        def kernel(*args: Any) -> NoReturn:
-            raise RuntimeError(
-                f"lowbit::{name}: a tensor is on a GPU, and there are no CUDA kernels here: {reason}. "
-                "Move the model and its inputs to the CPU, or see `lowbit info`"
-            )
-
-        return kernel
-
-    library = torch.library.Library("lowbit", "IMPL")
-    _KEEP.append(library)
-    for name in sorted(n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("lowbit::")):
-        library.impl(name, refuse(name), "CUDA")
-
-
 _reason: Final = _load()
 if _reason is not None and torch.version.cuda is not None:
-    _refuse_cuda_tensors(_reason)
+    refuse_tensors("CUDA", "on a GPU", "CUDA", _reason)
 
 
 def loaded() -> bool:

@@ -83,6 +83,7 @@ def collect() -> dict[str, Any]:
             "loaded": _metal.loaded(),
             "why_not": _metal.absent_reason(),
             "gpu": _C.metal_model() if _metal.loaded() else None,
+            "started_by": _metal.started_by(),
         },
         "libraries": _libraries(),
         "build": _C.build_info(),
@@ -219,7 +220,8 @@ def _show(found: Mapping[str, Any]) -> None:
     rows += [(name, value if isinstance(value, str) else _words(value)) for name, value in found["devices"].items()]
     rows += _cuda_rows(found["cuda"])
     metal = found["metal"]
-    rows.append(("metal kernels", f"in use, on {metal['gpu']}" if metal["loaded"] else f"absent: {metal['why_not']}"))
+    in_use = f"in use, on {metal['gpu']}, started by {metal['started_by']}"
+    rows.append(("metal kernels", in_use if metal["loaded"] else f"absent: {metal['why_not']}"))
     for name, library in found["libraries"].items():
         if library["path"] is None:
             rows.append((name, f"absent: {library.get('why', 'not found beside _C')}"))
