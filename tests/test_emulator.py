@@ -82,6 +82,29 @@ FOUND = {
     "copy_before_grid_wait": "a copy of what this launch depends on, before the thread's grid_wait",
     "grid_wait_below_sm_90": "grid_wait needs sm_90, this is sm_89",
     "ragged_clusters": "clusters of 4 in a grid of 6 blocks",
+    # emulator/self_test_wgmma.cu
+    "wgmma_without_fence": "wgmma without a wgmma_fence before it",
+    "wgmma_fenced_once": "wgmma: registers of A were written after the last wgmma_fence",
+    "missing_wgmma_commit": "warp 0 ended with a bf16 wgmma in flight",
+    "missing_wgmma_wait": "warp 0 ended with a bf16 wgmma in flight",
+    "wgmma_wait_for_fewer": "warp 0 ended with a bf16 wgmma in flight",
+    "read_before_wgmma_wait": "NaN",
+    "released_while_in_flight": "an operand of a wgmma in shared memory changed while it was in flight",
+    "a_written_in_flight": "registers of A changed while a wgmma was in flight",
+    "d_written_in_flight": "registers of D were written while a wgmma was in flight",
+    "descriptor_inside_a_pattern": "a swizzled operand whose pattern does not begin at a multiple of 1024 bytes",
+    "descriptor_past_the_end": "wgmma: column 9 of B at byte 4240 of the 4160 bytes of shared memory",
+    "misaligned_box": "copy_box to byte 128, which is no multiple of 1024",
+    "missing_expect_of_a_box": "a copy_box to where another one is in flight",
+    "missing_arrive_of_a_warp": "deadlock: .* lacks 1 of 4 arrivals and 0 bytes|deadlock: .* lacks 1 of 1 arrivals",
+    "missing_proxy_fence": "was written by ordinary stores, without a fence_proxy_async after them",
+    "three_warps": "divergent wgmma: warp 3 issued 5, another one of its warpgroup 6",
+    "descriptors_differ": "divergent wgmma: warp \\d and another one of its warpgroup issue different instructions",
+    "register_budgets_differ": "warps 0 and 1 of a warpgroup have different register budgets",
+    "too_many_registers": "register budgets of 73728 in all, a multiprocessor has 65536",
+    "missing_at_a_barrier": "deadlock: thread 0 is at barrier 1, where 96 of 128 threads are",
+    "wgmma_on_sm_100": "wgmma needs sm_90, this is sm_100",
+    "tensor_map_stride": "a tensor map of rows 104 bytes apart",
 }
 #: The same, where only some orders show it.
 FOUND_IN_SOME_ORDER = {
@@ -147,7 +170,7 @@ def signatures(text):
     return found
 
 
-@pytest.mark.parametrize(("header", "count"), [("ptx", 30), ("ptx_hopper", 15)])
+@pytest.mark.parametrize(("header", "count"), [("ptx", 30), ("ptx_hopper", 15), ("ptx_wgmma", 5)])
 def test_defines_every_ptx_function_and_no_other(header, count):
     device = signatures((ROOT / f"csrc/cuda/{header}.cuh").read_text())
     emulated = signatures((ROOT / f"tests/emulator/{header}.h").read_text())

@@ -1,7 +1,7 @@
 // What device code starts from: the CUDA language under nvcc, its emulation on the CPU otherwise (tests/emulator).
 //
 // Kernel files include this, ptx.cuh, headers of csrc/{common/enums.h, packing, cuda} and <cstdint>: no torch, no CUDA
-// library headers. The emulator supplies __global__, __device__, __host__, __launch_bounds__, threadIdx, blockIdx,
+// library headers. The emulator supplies __global__, __device__, __host__, __launch_bounds__, __grid_constant__, threadIdx, blockIdx,
 // blockDim, gridDim, uint2, uint4, float2, float4 and make_*; dynamic shared memory comes from dynamic_shared().
 #pragma once
 
@@ -13,9 +13,9 @@
 
 namespace lowbit::cuda {
 
-// The block's dynamic shared memory, aligned to 128 bytes.
+// The block's dynamic shared memory, aligned to 1024 bytes: as the patterns of swizzled tiles are.
 __device__ inline uint8_t* dynamic_shared() {
-  extern __shared__ __align__(128) uint8_t lowbit_dynamic_shared[];
+  extern __shared__ __align__(1024) uint8_t lowbit_dynamic_shared[];
   return lowbit_dynamic_shared;
 }
 

@@ -63,8 +63,14 @@ __device__ inline uint4 load_once(const uint4* from) {
 
 // ---- synchronisation ---------------------------------------------------------------------------------------------------
 
-__device__ inline void sync_block() { __syncthreads(); }    // 9.7.13.1, bar.sync
-__device__ inline void sync_warp() { __syncwarp(); }        // 9.7.13.3, bar.warp.sync
+__device__ inline void sync_block() { __syncthreads(); }  // 9.7.13.1, bar.sync
+__device__ inline void sync_warp() { __syncwarp(); }      // 9.7.13.3, bar.warp.sync
+// kThreads of the block, whole warps, meet at its barrier kId; number 0 is sync_block's.
+template <int kId, int kThreads>
+__device__ inline void sync_some() {
+  static_assert(kId >= 0 && kId <= 15 && kThreads % 32 == 0, "a barrier's number, whole warps");
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
 __device__ inline void fence_device() { __threadfence(); }  // 9.7.13.4, membar.gl
 // Adds one, returns the value before (9.7.13.5, atom).
 __device__ inline uint32_t atomic_increment(uint32_t* counter) { return atomicAdd(counter, 1u); }

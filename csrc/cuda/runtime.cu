@@ -2,6 +2,7 @@
 
 #include "cuda/runtime.h"
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -10,6 +11,7 @@
 #include <utility>
 
 #include "common/check.h"
+#include "cuda/tensor_map.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -97,6 +99,45 @@ void allow_shared(const char* name, const void* kernel, int64_t bytes) {
   check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(bytes)));
   limit = bytes;
+}
+
+// The driver's own function, asked for by name: this library links no libcuda.
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+static EncodeTiled encode_tiled(const char* name) {
+  static std::once_flag asked;
+  static void* found = nullptr;
+  std::call_once(asked, [] {
+    cudaDriverEntryPointQueryResult result{};
+    void* function = nullptr;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                                12000, cudaEnableDefault, &result);
+    if (status == cudaSuccess && result == cudaDriverEntryPointSuccess) found = function;
+  });
+  LOWBIT_CHECK(found != nullptr, name, ": the NVIDIA driver (for CUDA ",
+               version_text(driver_version()), ") has no cuTensorMapEncodeTiled");
+  return reinterpret_cast<EncodeTiled>(found);
+}
+
+TensorMap make_tensor_map(const char* name, const Matrix& m) {
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "an opaque one of the same size");
+  TensorMap map{};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.row_bytes)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(kBoxBytes / m.element_bytes),
+                            static_cast<cuuint32_t>(m.box_rows)};
+  const cuuint32_t every[] = {1, 1};
+  // Integers of the elements' width: what the bits mean is no concern of a copy, and outside they are zeros.
+  const CUtensorMapDataType type =
+      m.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+  const CUresult status = encode_tiled(name)(
+      reinterpret_cast<CUtensorMap*>(&map), type, 2, const_cast<void*>(m.data), sizes, strides, box,
+      every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  LOWBIT_CHECK(status == CUDA_SUCCESS, name, ": the driver refuses a tensor map of ", m.rows, " x ",
+               m.columns, " elements of ", m.element_bytes, " bytes, ", m.row_bytes,
+               " bytes a row (status ", static_cast<int>(status), ")");
+  return map;
 }
 
 void check_launch(const char* name, int status) { check(name, static_cast<cudaError_t>(status)); }

@@ -69,9 +69,10 @@ __device__ void for_each_value(Element (&values)[kCount], int j, F f) {
 }
 
 // Turns a block's part of a shared tile, an array of fp32 in each of kThreads threads, into the tile's sum. True in all
-// threads of the one block that then holds it; the other blocks are done with the tile. All threads of the block call it,
-// with one word of shared memory that nothing else uses meanwhile.
-template <int kThreads, class Values>
+// threads of the one block that then holds it; the other blocks are done with the tile. The block's first kThreads threads
+// call it, with one word of shared memory that nothing else uses meanwhile, and meet at barrier kBarrier: 0 where they are
+// all of the block.
+template <int kThreads, int kBarrier = 0, class Values>
 __device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t block,
                              Values& values, uint32_t* elected) {
   constexpr int tile_values = kThreads * static_cast<int>(sizeof(Values) / sizeof(float));
@@ -84,15 +85,15 @@ __device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t 
   for_each_value(values, 0, [&](float& v, int j) { own[j * kThreads] = v; });
 
   ptx::fence_device();  // the stores above come before the count below, for whoever sees the count
-  ptx::sync_block();
+  ptx::sync_some<kBarrier, kThreads>();
   if (thread == 0) {
     const uint32_t before = ptx::atomic_increment(s.counters + segment.tile);
     *elected = before == static_cast<uint32_t>(last - first) ? 1u : 0u;
     if (*elected) s.counters[segment.tile] = 0;  // as it was found
   }
-  ptx::sync_block();
+  ptx::sync_some<kBarrier, kThreads>();
   const bool mine = *elected != 0;
-  ptx::sync_block();  // the word may be used again
+  ptx::sync_some<kBarrier, kThreads>();  // the word may be used again
   if (!mine) return false;
   ptx::fence_device();
 

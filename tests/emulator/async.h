@@ -54,6 +54,7 @@ struct Flight {
   int64_t bytes;  // that it completes on the barrier; 0: it arrives there instead
   int thread;
   Site at;
+  uint8_t *begin = nullptr, *end = nullptr;  // of all its pieces
 };
 
 // Where a copy has landed, until the next one does.

@@ -234,6 +234,9 @@ void check_fp8(const Collective& collective, Site at) {
 }
 
 }  // namespace
+
+void sync_some(int id, int threads, Site at) { meet_some(id, threads, at); }
+
 }  // namespace lowbit::emulator
 
 namespace lowbit::cuda::ptx {

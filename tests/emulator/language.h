@@ -11,6 +11,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace lowbit::emulator {
 
@@ -64,7 +65,7 @@ inline void __trap() { ::lowbit::emulator::trap(); }
 
 namespace lowbit::cuda {
 
-// The block's dynamic shared memory, aligned to 128 bytes, exactly as long as the launch asked for.
+// The block's dynamic shared memory, exactly as long as the launch asked for.
 inline uint8_t* dynamic_shared() { return emulator::current->shared; }
 
 }  // namespace lowbit::cuda

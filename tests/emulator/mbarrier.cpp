@@ -61,6 +61,7 @@ void check_destination(const char* what, Block& block, const uint8_t* begin, con
     }
   }
   for (const Flight& flight : block.async.flights) {
+    if (!overlap(begin, end, flight.begin, flight.end - flight.begin)) continue;
     for (const Piece& piece : flight.pieces) {
       if (overlap(begin, end, piece.to, piece.bytes)) {
         fail_here(
@@ -139,7 +140,7 @@ std::string Async::land(size_t index) {
     return concat("the source of a ", flight.what, " changed while it was in flight (",
                   describe(flight.at), ")");
   }
-  Region region{nullptr, nullptr, flight.barrier, flight.thread, false, {}};
+  Region region{flight.begin, flight.end, flight.barrier, flight.thread, false, {}};
   const uint8_t* from = flight.data.data();
   for (const Piece& piece : flight.pieces) {
     if (std::any_of(piece.to, piece.to + piece.bytes,
@@ -148,9 +149,8 @@ std::string Async::land(size_t index) {
                     describe(flight.at), ")");
     }
     std::memcpy(piece.to, from, static_cast<size_t>(piece.bytes));
+    if (flight.bytes > 0) async_wrote(*block, piece.to, piece.bytes);
     from += piece.bytes;
-    if (region.begin == nullptr || piece.to < region.begin) region.begin = piece.to;
-    if (piece.to + piece.bytes > region.end) region.end = piece.to + piece.bytes;
   }
   if (flight.bytes == 0) return arrive(flight.barrier);
   regions.erase(std::remove_if(regions.begin(), regions.end(),
@@ -233,18 +233,20 @@ void start_copy(const char* what, const std::vector<Piece>& pieces, uint64_t* ba
                      ", whose initialisation no fence_mbarrier_init followed"),
               at);
   }
-  Flight flight{what, pieces, {}, barrier, 0, thread.index, at};
+  Flight flight{what, pieces, {}, barrier, 0, thread.index, at, pieces[0].to, pieces[0].to};
   for (const Piece& piece : pieces) {
     if (!is_shared(piece.to, piece.bytes)) {
       fail_here(concat("a ", what, " of ", piece.bytes, " bytes to byte ", block.offset(piece.to),
                        " of the ", block.shared_bytes, " bytes of shared memory"),
                 at);
     }
-    check_destination(what, block, piece.to, piece.to + piece.bytes, at);
+    flight.begin = std::min(flight.begin, piece.to);
+    flight.end = std::max(flight.end, piece.to + piece.bytes);
     if (piece.from != nullptr) check_dependence(piece.from, piece.bytes, at);
     flight.bytes += piece.bytes;
   }
   if (flight.bytes == 0) fail_here(concat("a ", what, " of no bytes"), at);
+  check_destination(what, block, flight.begin, flight.end, at);
   flight.data.resize(static_cast<size_t>(flight.bytes));
   read_sources(pieces, flight.data);
   for (const Piece& piece : pieces) {
@@ -288,7 +290,10 @@ void fence_mbarrier_init(Site at) {
   }
 }
 
-void fence_proxy_async(Site at) { check_hopper("fence_proxy_async", at); }
+void fence_proxy_async(Site at) {
+  check_hopper("fence_proxy_async", at);
+  publish_to_async_proxy(*this_thread().block);
+}
 
 void mbarrier_arrive(uint64_t* barrier, Site at) {
   const Thread& thread = this_thread();
@@ -311,11 +316,13 @@ void cp_async_mbarrier_arrive(uint64_t* barrier, Site at) {
   Thread& thread = this_thread();
   Block& block = *thread.block;
   find(block, barrier, "cp_async_mbarrier_arrive", at);
-  Flight flight{"cp.async", {}, {}, barrier, 0, thread.index, at};
+  Flight flight{"cp.async", {}, {}, barrier, 0, thread.index, at, nullptr, nullptr};
   for (const Copy& copy : thread.copies) {
     flight.pieces.push_back({copy.to, copy.from, copy.bytes});
     if (copy.bytes < 16) flight.pieces.push_back({copy.to + copy.bytes, nullptr, 16 - copy.bytes});
     flight.data.insert(flight.data.end(), copy.data, copy.data + 16);
+    if (flight.begin == nullptr || copy.to < flight.begin) flight.begin = copy.to;
+    flight.end = std::max(flight.end, copy.to + 16);
   }
   thread.copies.clear();
   block.async.flights.push_back(std::move(flight));

@@ -118,32 +118,37 @@ uint4 load_once(const uint4* from, Site at) {
 
 void fence_device() {
   Thread& thread = this_thread();
-  thread.fenced_at = thread.block->barriers;
+  thread.fenced_at = thread.passed;
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 // A counter tells other blocks that this one's results are written. They are visible before it in two cases: every thread
-// has a fence behind its writes, and a barrier follows; or a barrier is followed by a fence of the thread that counts. The
-// CPU that runs this would not show the difference, hence the check.
+// that the counting one met last has a fence behind its writes, and a barrier follows; or a barrier is followed by a fence
+// of the thread that counts. The CPU that runs this would not show the difference, hence the check.
 uint32_t atomic_increment(uint32_t* counter, Site at) {
   Thread& thread = this_thread();
-  Block& block = *thread.block;
-  const int64_t now = block.barriers;
   bool others = false, all = true, early = true;
-  for (const Thread& other : block.threads) {
-    const bool fenced = other.fenced_at >= block.counted_at;
+  const auto concerns = [&](const Thread& other) {
+    return thread.meeting == 0 || other.meeting == thread.meeting;
+  };
+  for (const Thread& other : thread.block->threads) {
+    if (!concerns(other)) continue;
+    const bool fenced = other.fenced_at >= other.counted_at;
     others = others || (fenced && &other != &thread);
     all = all && fenced;
-    early = early && other.fenced_at < now;
+    early = early && other.fenced_at < other.passed;
   }
-  if (others ? !(all && early) : thread.fenced_at <= block.counted_at) {
+  if (others ? !(all && early) : thread.fenced_at <= thread.counted_at) {
     fail_here(
         "an atomic_increment without a fence_device and a sync_block between it and the block's "
         "writes",
         at);
   }
-  block.counted_at = now;
-  for (Thread& other : block.threads) other.fenced_at = -1;
+  for (Thread& other : thread.block->threads) {
+    if (!concerns(other)) continue;
+    other.counted_at = other.passed;
+    other.fenced_at = -1;
+  }
   return __atomic_fetch_add(counter, 1u, __ATOMIC_SEQ_CST);
 }
 

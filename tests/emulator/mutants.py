@@ -1,10 +1,11 @@
 """`make mutants`: would the tests notice if a barrier, a wait, a fence or a bounds check were missing?
 
-Every call of sync_block, sync_warp, cp_async_wait, cp_async_commit, fence_device, and of what ptx_hopper.cuh has of the
-kind (memory barriers, barriers of clusters, grid_wait), is left out, one at a time, and every inside(...) taken for true.
-The short list of problems (short_list.py) must then fail: by an error, by other numbers than the reference, by other bits
-in another order of threads, or under AddressSanitizer. A mutant that passes it must stand in survivors.toml with a reason;
-one that does not, or an entry that is no longer needed, is a failure.
+Every call of sync_block, sync_some, sync_warp, cp_async_wait, cp_async_commit, fence_device, and of what ptx_hopper.cuh and
+ptx_wgmma.cuh have of the kind (memory barriers, barriers of clusters, grid_wait; fences, commits and waits of wgmma), is
+left out, one at a time, and every inside(...) taken for true. The short list of problems (short_list.py) must then fail: by
+an error, by other numbers than the reference, by other bits in another order of threads, or under AddressSanitizer. A mutant
+that passes it must stand in survivors.toml with a reason; one that does not, or an entry that is no longer needed, is a
+failure.
 
 Mutants are not compiled one by one. All of them are in one library, each behind a switch (mutant.h), and each is run in a
 forked process by those problems alone that reach it. Predicates run under the sanitizers, the rest without, in several orders.
@@ -35,13 +36,14 @@ SOURCES = build.ROOT / "csrc"
 COPY = build.CACHE / "mutants" / "csrc"
 SURVIVORS = build.HERE / "survivors.toml"
 #: Not kernels, but what they are written in.
-LANGUAGE = {"device.cuh", "ptx.cuh", "ptx_hopper.cuh", "launch.cuh"}
+LANGUAGE = {"device.cuh", "ptx.cuh", "ptx_hopper.cuh", "ptx_wgmma.cuh", "launch.cuh"}
 SANITIZERS = "address,undefined"
 ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2), ("random", 3))
 
 CALL = re.compile(
     r"ptx::(?:(sync_block|sync_warp|cp_async_commit|fence_device|fence_mbarrier_init|fence_proxy_async|"
-    r"sync_cluster|cluster_arrive|cluster_arrive_relaxed|cluster_wait|grid_wait)\(\)|(cp_async_wait)<[^;]*?>\(\))"
+    r"sync_cluster|cluster_arrive|cluster_arrive_relaxed|cluster_wait|grid_wait|wgmma_fence|wgmma_commit)\(\)|"
+    r"(cp_async_wait|wgmma_wait|sync_some)<[^;]*?>\(\))"
 )
 #: Calls with arguments.
 BARRIER_CALL = re.compile(r"ptx::(mbarrier_(?:arrive|arrive_remote|expect_tx|wait)|cp_async_mbarrier_arrive)\(")

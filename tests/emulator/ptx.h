@@ -26,6 +26,7 @@ inline constexpr uint64_t kEvictFirst = 0x12f0000000000000u;  // what policy_evi
 
 void copy_16(void* to, const void* from, int bytes, Site at);
 void copy_wait(int pending);
+void sync_some(int id, int threads, Site at);
 
 template <uint32_t (*kOfPair)(uint32_t, uint32_t, uint32_t)>
 uint32_t per_half(uint32_t a, uint32_t b, uint32_t c) {
@@ -78,6 +79,11 @@ uint4 load_once(const uint4* from, Site at = Site::here());
 
 void sync_block(Site at = Site::here());
 void sync_warp(Site at = Site::here());
+template <int kId, int kThreads>
+void sync_some(Site at = Site::here()) {
+  static_assert(kId >= 0 && kId <= 15 && kThreads % 32 == 0, "a barrier's number, whole warps");
+  emulator::sync_some(kId, kThreads, at);
+}
 void fence_device();
 uint32_t atomic_increment(uint32_t* counter, Site at = Site::here());
 

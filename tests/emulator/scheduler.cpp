@@ -166,13 +166,16 @@ bool pass_barrier(Block& block) {
   }
   if (waiting != block.threads.size()) return false;  // some wait for a memory barrier
   block.async.forget_readers();
-  for (Thread& thread : block.threads) thread.state = State::kRunnable;
+  for (Thread& thread : block.threads) {
+    thread.state = State::kRunnable;
+    thread.meeting = 0;
+    ++thread.passed;
+  }
   for (Warp& warp : block.warps) {
     warp.at_barrier = 0;
     warp.runnable = true;
   }
   block.at_barrier = nullptr;
-  ++block.barriers;
   return true;
 }
 
@@ -204,6 +207,12 @@ std::string describe_wait(const Thread& thread) {
     case State::kAtBarrier:
       return concat("thread ", thread.index, " is at sync_block (", describe(thread.at), ")");
     case State::kWaiting:
+      if (thread.meeting > 0) {
+        const Meeting& meeting = thread.block->meetings[static_cast<size_t>(thread.meeting)];
+        return concat("thread ", thread.index, " is at barrier ", thread.meeting, ", where ",
+                      meeting.there.size(), " of ", meeting.expected, " threads are (",
+                      describe(thread.at), ")");
+      }
       return concat("thread ", thread.index, " waits for ",
                     describe_barrier(*thread.block, thread.waits_for), " (", describe(thread.at),
                     ")");
@@ -280,6 +289,36 @@ void meet_block(Site at) {
   yield(thread);
 }
 
+void meet_some(int number, int threads, Site at) {
+  Thread& thread = this_thread();
+  Block& block = *thread.block;
+  if (number == 0) {
+    if (static_cast<size_t>(threads) != block.threads.size())
+      fail_here(concat("sync_some of ", threads, " threads at barrier 0 of a block of ",
+                       block.threads.size()),
+                at);
+    return meet_block(at);
+  }
+  Meeting& meeting = block.meetings[static_cast<size_t>(number)];
+  if (meeting.there.empty()) {
+    meeting.expected = threads;
+    meeting.at = at;
+  } else if (meeting.expected != threads || !same_place(meeting.at, at)) {
+    fail_divergent(*meeting.there.front(), thread, "barrier");
+  }
+  meeting.there.push_back(&thread);
+  thread.meeting = number;
+  thread.at = at;
+  if (meeting.there.size() < static_cast<size_t>(threads)) return sleep_thread(at);
+  const std::vector<Thread*> there = std::move(meeting.there);
+  meeting.there.clear();
+  for (Thread* other : there) {
+    ++other->passed;
+    block.async.forget_reader(*other);
+    if (other != &thread) wake_thread(*other);
+  }
+}
+
 void sleep_thread(Site at) {
   Thread& thread = this_thread();
   thread.state = State::kWaiting;
@@ -354,10 +393,11 @@ void Block::prepare(const Call& to_run, const Settings& with, cuda::Grid grid, i
 void Block::start(Dim index) {
   std::memset(shared_allocation, kGuard, static_cast<size_t>(shared_bytes + 2 * kGuardBytes));
   std::memset(shared, settings.poison, static_cast<size_t>(shared_bytes));
-  barriers = counted_at = 0;
   at_barrier = nullptr;
+  for (Meeting& meeting : meetings) meeting.there.clear();
   ended = false;
   async.start(*this);
+  begin_matrix_units(*this);
   const uint64_t linear = index.x + uint64_t{index.y} * 0x10001u + uint64_t{index.z} * 0x3000001u;
   random.state = settings.seed * 0x2545f4914f6cdd1du + linear;
   for (Thread& thread : threads) {
@@ -366,6 +406,8 @@ void Block::start(Dim index) {
     thread.copies.clear();
     thread.open_group = 0;
     thread.fenced_at = -1;
+    thread.passed = thread.counted_at = 0;
+    thread.meeting = 0;
     thread.at_cluster = AtCluster::kElsewhere;
     thread.waited_for_grid = false;
   }
@@ -393,6 +435,7 @@ bool Block::advance() {
   ended = true;
   async.end();
   if (error.empty() && call->options.dependent) check_grid_wait(*this);
+  if (error.empty()) end_matrix_units(*this);
   if (!error.empty()) return true;
   if (!guard_is_whole(shared_allocation)) {
     error = concat(describe(threads[0]), ": something wrote in front of shared memory");

@@ -13,7 +13,9 @@
 // (async.h); when none is, they are deadlocked, and the launch fails.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -22,6 +24,7 @@
 #include "emulator/launch.h"
 #include "emulator/ptx.h"
 #include "emulator/settings.h"
+#include "emulator/wgmma.h"
 
 namespace lowbit::emulator {
 
@@ -54,12 +57,21 @@ struct Thread : Place {
   const Collective* collective;
   std::vector<Copy> copies;  // in flight, oldest first
   int64_t open_group;        // the group that the next commit closes
-  int64_t
-      fenced_at;  // barriers that the block had passed at the last fence; -1: none since the last count
+  int64_t passed;            // barriers, those of some threads among them
+  int64_t fenced_at;         // barriers passed at the last fence; -1: none since the last count
+  int64_t counted_at;        // barriers passed at the last atomic_increment of whoever it met last
+  int meeting;  // the barrier of some threads that it waits at or has passed last; 0: the block's
   const uint64_t* waits_for;  // a memory barrier, or null: the cluster
   uint32_t parity;
   AtCluster at_cluster;
   bool waited_for_grid;
+};
+
+// A barrier of some of a block's threads.
+struct Meeting {
+  int expected;
+  std::vector<Thread*> there;
+  Site at;
 };
 
 struct Warp {
@@ -92,8 +104,8 @@ struct Block {
   uint8_t* shared_allocation = nullptr;
   uint8_t* shared = nullptr;
   int64_t shared_bytes = 0;
-  int64_t barriers = 0;                // passed by this block
-  int64_t counted_at = 0;              // barriers at the last atomic_increment
+  std::array<Meeting, 16> meetings;
+  std::shared_ptr<MatrixUnits> units;
   const Thread* at_barrier = nullptr;  // the first to arrive
   Async async;                         // memory barriers, and copies in flight
   Cluster* cluster = nullptr;
@@ -140,6 +152,8 @@ Thread& this_thread();
 // Waits until the whole warp has arrived, and until the last to arrive has carried the collective out.
 void meet(const Collective& collective, void* operands, Site at);
 void meet_block(Site at);
+// `threads` of the block, at its barrier `number`.
+void meet_some(int number, int threads, Site at);
 // Waits until somebody wakes this thread.
 void sleep_thread(Site at);
 void wake_thread(Thread& thread);

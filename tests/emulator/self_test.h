@@ -19,7 +19,7 @@ struct Planted {
   // Fills `out` with what the kernel computed.
   void (*run)(bool wrong, std::vector<float>& out);
 };
-extern const std::vector<Planted> kPlanted, kHopperPlanted;
+extern const std::vector<Planted> kPlanted, kHopperPlanted, kWgmmaPlanted;
 
 // ---- checks against plain arithmetic; each throws Error with the first difference --------------------------------------
 
@@ -27,7 +27,7 @@ struct Check {
   const char* name;
   void (*run)();
 };
-extern const std::vector<Check> kExchangeChecks, kMatrixChecks, kNumberChecks;
+extern const std::vector<Check> kExchangeChecks, kMatrixChecks, kNumberChecks, kWgmmaChecks;
 
 struct Noise {
   uint64_t state = 1;
