@@ -30,6 +30,13 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+# What mixtures of experts have, and DeepSeek's attention.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 
 
 def config(family: str = "llama", **more: Any) -> Any:
@@ -39,9 +46,15 @@ def config(family: str = "llama", **more: Any) -> Any:
         "mistral": transformers.MistralConfig,
         "mixtral": transformers.MixtralConfig,
         "qwen2": transformers.Qwen2Config,  # with biases
+        "qwen2_moe": functools.partial(transformers.Qwen2MoeConfig, **EXPERTS, shared_expert_intermediate_size=32),
+        "qwen3_moe": functools.partial(transformers.Qwen3MoeConfig, **EXPERTS, head_dim=16),
+        "deepseek_v2": functools.partial(transformers.DeepseekV2Config, **EXPERTS, **LATENT),
+        "deepseek_v3": functools.partial(transformers.DeepseekV3Config, **EXPERTS, **LATENT),
+        "gpt_oss": functools.partial(transformers.GptOssConfig, num_local_experts=4, head_dim=16),
         "qwen3": functools.partial(transformers.Qwen3Config, head_dim=16),
     }[family]
-    return made(**{"tie_word_embeddings": False, **SIZES, **more})
+    fixed = getattr(made, "keywords", {})
+    return made(**{"tie_word_embeddings": False, **SIZES, **fixed, **more})
 
 
 def save(folder: Path, family: str = "llama", **more: Any) -> Path:

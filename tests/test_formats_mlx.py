@@ -175,7 +175,10 @@ def _no_config(tensors: Tensors, config: dict[str, Any]) -> None:
         (_set("biases", torch.zeros(128, 4)), r"biases is F32 \[128, 4\], it must be BF16"),
         (_set("scales", None), "which is not a quantized layer of MLX"),
         (_set("weight", torch.zeros(128, 32)), "which is not a quantized layer of MLX"),
-        (_set("weight", torch.zeros(3, 128, 32, dtype=torch.uint8).view(torch.uint32)), "experts in one tensor"),
+        (
+            _set("weight", torch.zeros(3, 128, 32, dtype=torch.uint8).view(torch.uint32)),
+            r"weight is of 3 experts, biases is",
+        ),
         (_set("weight", torch.zeros(32, dtype=torch.uint8).view(torch.uint32)), r"weight is U32 \[8\]"),
         (_set("weight", torch.zeros(128, 0, dtype=torch.uint32)), "a weight of N=128, K=0"),
         (_set("global_scale", torch.ones(1)), "'global_scale' .* not part of this format"),

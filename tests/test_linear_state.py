@@ -214,8 +214,8 @@ def _second_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Scheme, "desc", lambda self, layout=0, perm=False: desc(self, real if layout == 99 else layout, perm)
     )
-    monkeypatch.setattr("lowbit.linear.preferred_layout", lambda *args: 99)
-    monkeypatch.setattr("lowbit.linear.device_layout", lambda *args: 99)
+    monkeypatch.setattr("lowbit._packed.preferred_layout", lambda *args: 99)
+    monkeypatch.setattr("lowbit._packed.device_layout", lambda *args: 99)
 
 
 def test_bytes_of_another_layout_are_repacked_by_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_bytes_of_another_layout_are_repacked_by_prepare(monkeypatch: pytest.Mon
         other = QuantizedLinear(128, 48, True, "int4-g32-asym", device="meta")
         other.load_state_dict(module.state_dict(), assign=True)
         assert other.layout == 99
-        patch.setattr("lowbit.linear.preferred_layout", lambda *args: 1)
+        patch.setattr("lowbit._packed.preferred_layout", lambda *args: 1)
         assert module.prepare().layout == 1
     assert torch.equal(module.weight, before)
     assert torch.equal(module(inputs(2, 128)), expected)

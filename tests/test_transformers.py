@@ -124,17 +124,6 @@ def test_a_classifier_on_top_is_left_alone_and_a_new_one_too(dense: Path) -> Non
     assert bool(model(ids()).logits.isfinite().all())
 
 
-def test_experts_in_one_tensor_are_announced(tmp_path: Path) -> None:
-    folder = save(tmp_path / "model", "mixtral", num_local_experts=4)
-    with pytest.warns(
-        UserWarning, match=r"4 tensors of 3 dimensions \(model\.layers\.0\.mlp\.experts\.\w+, .*not quantized"
-    ):
-        model = load(folder, quantization_config=lowbit.LowbitConfig("int4-g32"))
-    assert len(layers(model)) == 8
-    model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
-
-
 # -- and back ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowbit
-from checkpoints import DATA, Layer, awq_gemm, gptq, gptq_config, named, stream
+from checkpoints import DATA, Layer, gptq, gptq_config, named, stream
 from hf import config, greedy, ids, load, logits, same_state, save, store, transformers
 from lowbit import ArtifactError, QuantizedLinear, formats
 
@@ -229,22 +229,6 @@ def test_another_shape(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**about, "intermediate_size": 128}))
     with pytest.raises(ArtifactError, match=r"down_proj' is N=64, K=96, the model's is N=64, K=128"):
         run(tmp_path)
-
-
-def test_experts_that_transformers_keeps_in_one_tensor(tmp_path: Path) -> None:
-    folder = save(tmp_path, "mixtral", num_local_experts=2)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if ".experts." in name]:
-        layer = Layer(4, *tensors.pop(name).shape, 32, symmetric=True)
-        tensors |= named(name.removesuffix(".weight"), awq_gemm(layer))
-    store(folder / "model.safetensors", tensors)
-    about = json.loads((folder / "config.json").read_text())
-    about["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
-    (folder / "config.json").write_text(json.dumps(about))
-    with pytest.raises(
-        ArtifactError, match=r"experts\.0\.\w+': Transformers keeps it in another form \(MergeModulelist.*not"
-    ):
-        run(folder)
 
 
 def test_no_files(tmp_path: Path) -> None:

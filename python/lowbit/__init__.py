@@ -26,6 +26,7 @@ from lowbit.comparison import compare_checkpoints
 from lowbit.conversion import convert_checkpoint
 from lowbit.convert import quantize_
 from lowbit.errors import ArtifactError, FormatError
+from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.formats import load_checkpoint, load_gguf
 from lowbit.importance import collect_importance, load_importance, save_importance
 from lowbit.integrations import _imports as _imports
@@ -36,7 +37,9 @@ from lowbit.weight import QuantizedWeight
 
 __all__ = [
     "ArtifactError",
+    "ExpertWeights",
     "FormatError",
+    "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedWeight",
     "Scheme",

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from lowbit import _safetensors
-from lowbit._canonical import canonical_tensors
+from lowbit._canonical import stored_tensors
+from lowbit._experts import ExpertWeights
 from lowbit._progress import Advance
 from lowbit.errors import ArtifactError, FormatError
 from lowbit.scheme import Scheme
@@ -83,15 +84,15 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantized layer in the manifest: its scheme, (N, K), and whether its weight has a permutation."""
+    """A quantized layer in the manifest: its scheme, (N, K) or (E, N, K), and whether its weight has a permutation."""
 
     scheme: Scheme
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     has_perm: bool = False
 
     def specs(self, name: str) -> dict[str, Spec]:
         """The canonical tensors, as they are called in files and in state_dict."""
-        tensors = canonical_tensors(self.scheme, *self.shape, has_perm=self.has_perm)
+        tensors = stored_tensors(self.scheme, self.shape, self.has_perm)
         return {f"{name}.weight_{part}": spec for part, spec in tensors.items()}
 
 
@@ -113,8 +114,8 @@ def tensor_item(name: str, tensor: Tensor, kind: str = "parameter") -> Item:
     return Item({name: (tensor.dtype, tuple(tensor.shape))}, lambda: {name: tensor}, kind)
 
 
-def layer_item(name: str, layer: Layer, produce: Callable[[], QuantizedWeight]) -> Item:
-    """An Item of the canonical tensors of one quantized weight."""
+def layer_item(name: str, layer: Layer, produce: Callable[[], QuantizedWeight | ExpertWeights]) -> Item:
+    """An Item of the canonical tensors of one quantized weight, or of the weights of experts."""
 
     def tensors() -> dict[str, Tensor]:
         return {f"{name}.weight_{part}": tensor for part, tensor in produce().tensors().items()}
@@ -384,13 +385,17 @@ def _parse_layer(name: str, entry: Any, where: str) -> Layer:
     label = f"{where}: layer {name[:200]!r}"
     entry = _fields(entry, {"scheme", "shape", "has_perm"}, label)
     shape, has_perm = entry["shape"], entry["has_perm"]
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(d) is int for d in shape):
+    if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(type(d) is int for d in shape):
         raise FormatError(f"{label} has an invalid shape {str(shape)[:200]}")
     if not isinstance(has_perm, bool):
         raise FormatError(f"{label} has an invalid has_perm")
     try:
-        layer = Layer(Scheme.from_dict(entry["scheme"]), (shape[0], shape[1]), has_perm)
-        layer.scheme.check_shape(*layer.shape)
+        layer = Layer(Scheme.from_dict(entry["scheme"]), tuple(shape), has_perm)
+        layer.scheme.check_shape(*layer.shape[-2:])
+        if len(shape) == 3 and shape[0] < 1:
+            raise ValueError(f"{shape[0]} experts")
+        if len(shape) == 3 and layer.scheme.activation_static:
+            raise ValueError(f"experts of scheme {layer.scheme}, whose input scales would be static")
         layer.specs(name)  # the core has limits of its own
     except (ValueError, TypeError) as error:
         raise FormatError(f"{label}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "preferred_layout",
     "runs_on",
     "same_tensor",
+    "stored_tensors",
     "to_device",
 ]
 
@@ -45,6 +47,16 @@ def canonical_tensors(
     if has_perm:
         found["perm"] = (torch.int32, (K,))
     return found
+
+
+def stored_tensors(
+    scheme: Scheme, shape: Sequence[int], has_perm: bool = False
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """`canonical_tensors` of a weight (N, K), or of the weights of E experts (E, N, K), which are stacked."""
+    *experts, N, K = shape
+    return {
+        name: (dtype, (*experts, *want)) for name, (dtype, want) in canonical_tensors(scheme, N, K, has_perm).items()
+    }
 
 
 def check_dense(weight: Tensor, scheme: Scheme) -> None:

@@ -1,4 +1,4 @@
-"""quantize_: replace the nn.Linear layers of a model by QuantizedLinear, in place."""
+"""quantize_: replace the nn.Linear layers of a model by QuantizedLinear, and weights of experts, in place."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lowbit._canonical import check_dense, check_importance
+from lowbit._packed import PackedModule
+from lowbit._places import ExpertsParameter, experts_parameters, replace_module
 from lowbit._progress import progress_bar
+from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.integrations import announce
 from lowbit.linear import QuantizedLinear
 from lowbit.report import LayerReport, QuantizeReport, SkippedParameter
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["quantize_", "replace_module"]
+__all__ = ["quantize_"]
 
 # A parameter of this size left unquantized is worth a line in the report.
 _WORTH_REPORTING = 1_000_000
@@ -28,6 +31,7 @@ _OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "output_projection"})
 _ERROR_CHUNK = 1 << 20  # elements: 4 MB in fp32, so that the passes over them stay in cache
 
 Filter = Callable[[str, nn.Linear], bool]
+_Target = nn.Linear | ExpertsParameter  # what becomes a quantized layer
 
 
 @dataclasses.dataclass
@@ -50,16 +54,19 @@ def quantize_(
 
     Every nn.Linear becomes a `QuantizedLinear`, but for: output layers (called lm_head, embed_out, or returned by
     get_output_embeddings()), layers whose weight is tied to another module's, subclasses of nn.Linear, and what
-    `filter_fn` or `overrides` exclude. Everything is checked before the first layer is changed. Dense weights are
-    freed one by one, so the peak is about one layer above the model.
+    `filter_fn` or `overrides` exclude. Where a Transformers model keeps the weights of a mixture's experts in a Parameter
+    [E, N, K], that becomes a `QuantizedExperts`; it is a layer by the Parameter's name. Everything is checked before the
+    first layer is changed. Dense weights are freed one by one, so the peak is about one layer above the model.
 
     Args:
         model: its linear weights are fp32, bf16 or fp16. If it is itself an nn.Linear, put it into a module first.
         scheme: for every layer that no override names.
-        filter_fn: `filter_fn(name, linear)` returns whether to quantize a layer; asked where no override matches.
+        filter_fn: `filter_fn(name, linear)` returns whether to quantize a layer; asked where no override matches. For
+            experts, it gets an nn.Linear on the meta device with the features of one.
         overrides: pattern -> Scheme, string, or None to leave alone; the first pattern that matches a name decides.
             Patterns are shell globs ("*.down_proj") or, after "re:", regular expressions, for the whole name. An
-            override with a scheme also quantizes output layers.
+            override with a scheme also quantizes output layers. Experts are matched by the name of their Parameter
+            ("model.layers.0.mlp.experts.down_proj") and by that of the module around it.
         strict: raise if a Parameter of 1 MB or more would be left unquantized without an override or filter_fn
             having asked for it.
         progress: show a progress bar; by default on a terminal, when the work is long.
@@ -80,13 +87,13 @@ def quantize_(
     if isinstance(model, nn.Linear):
         raise ValueError("an nn.Linear cannot be replaced in place: use QuantizedLinear.from_linear")
     plan = _plan(model, Scheme.parse(scheme), filter_fn, dict(overrides or {}))
-    modules = dict(model.named_modules())
-    columns = _check(plan, modules, importance or {})
+    targets = _targets(model, plan)
+    columns = _check(model, plan, targets, importance or {})
     skipped = _skipped(model, plan)
     if strict:
         _refuse_surprises(skipped)
     before = _nbytes(model)
-    reports = _convert_all(model, plan, modules, columns, progress)
+    reports = _convert_all(model, plan, targets, columns, progress)
     announce(model)
     return QuantizeReport(tuple(reports), tuple(skipped), before, _nbytes(model))
 
@@ -99,13 +106,14 @@ def _plan(
 ) -> _Plan:
     chosen = {p: None if s is None else Scheme.parse(s) for p, s in overrides.items()}
     matchers = {pattern: _matcher(pattern) for pattern in chosen}
-    owned = {name: m for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    owned = _owned(model)
     _check_overrides(chosen, matchers, owned)
     tied = _tied(model)
     outputs = _output_layers(model)
     plan = _Plan()
     for name, module in owned.items():
-        pattern = next((p for p, match in matchers.items() if match(name)), None)
+        known = (name, name.rpartition(".")[0]) if isinstance(module, ExpertsParameter) else (name,)
+        pattern = next((p for p, match in matchers.items() if any(map(match, known))), None)
         if pattern is not None and chosen[pattern] is None:
             plan.reasons[name] = (f"override {pattern!r} is None", True)
         elif reason := _unsuited(name, module, tied):
@@ -116,11 +124,38 @@ def _plan(
             plan.schemes[name] = chosen[pattern] or scheme
         elif id(module) in outputs or name.rpartition(".")[2] in _OUTPUT_LAYERS:
             plan.reasons[name] = ("an output layer; name it in overrides to quantize it", False)
-        elif filter_fn is not None and not filter_fn(name, _linear(module)):
+        elif filter_fn is not None and not filter_fn(name, _layer(module)):
             plan.reasons[name] = ("filter_fn returned False", True)
         else:
             plan.schemes[name] = scheme
     return plan
+
+
+def _owned(model: nn.Module) -> dict[str, nn.Module | ExpertsParameter]:
+    """Modules that hold Parameters, and Parameters that hold the weights of experts, in the model's order."""
+    experts = experts_parameters(model)
+    found: dict[str, nn.Module | ExpertsParameter] = {}
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        inside = {full: experts[full] for name in names if (full := f"{path}.{name}" if path else name) in experts}
+        if len(inside) < len(names):  # it holds something else as well
+            found[path] = module
+        found |= inside
+    return found
+
+
+def _layer(module: nn.Module | ExpertsParameter) -> nn.Linear:
+    """What a filter is shown."""
+    return module.stand_in() if isinstance(module, ExpertsParameter) else _linear(module)
+
+
+def _targets(model: nn.Module, plan: _Plan) -> dict[str, _Target]:
+    owned = _owned(model)
+    found: dict[str, _Target] = {}
+    for name in plan.schemes:
+        module = owned[name]
+        found[name] = module if isinstance(module, ExpertsParameter) else _linear(module)
+    return found
 
 
 def _matcher(pattern: str) -> Callable[[str], object]:
@@ -135,24 +170,31 @@ def _matcher(pattern: str) -> Callable[[str], object]:
 
 
 def _check_overrides(
-    chosen: Mapping[str, Scheme | None], matchers: Mapping[str, Callable[[str], object]], owned: Mapping[str, nn.Module]
+    chosen: Mapping[str, Scheme | None],
+    matchers: Mapping[str, Callable[[str], object]],
+    owned: Mapping[str, nn.Module | ExpertsParameter],
 ) -> None:
+    linear = (nn.Linear, ExpertsParameter)
     for pattern, match in matchers.items():
         found = [name for name in owned if match(name)]
+        found += [n for n, m in owned.items() if isinstance(m, ExpertsParameter) and match(n.rpartition(".")[0])]
         # A scheme is for linear layers; None may name anything that holds parameters.
         if chosen[pattern] is not None:
-            found = [name for name in found if isinstance(owned[name], nn.Linear)] or (
+            found = [name for name in found if isinstance(owned[name], linear)] or (
                 [pattern] if pattern in owned else []  # named exactly: the planner says why it cannot be done
             )
         if not found:
-            some = [name for name, m in owned.items() if isinstance(m, nn.Linear)][:4]
+            some = [name for name, m in owned.items() if isinstance(m, linear)][:4]
             raise ValueError(
                 f"override {pattern!r} matches no layer; layers are called, for example, {', '.join(some)}"
             )
 
 
-def _unsuited(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> str | None:
-    if isinstance(module, QuantizedLinear):
+def _unsuited(name: str, module: nn.Module | ExpertsParameter, tied: Mapping[int, list[str]]) -> str | None:
+    if isinstance(module, ExpertsParameter):
+        others = [other for other in tied[id(module.parameter)] if other != name]
+        return f"tied to {', '.join(others)}" if others else None
+    if isinstance(module, PackedModule):
         return "already quantized"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "an embedding"
@@ -186,22 +228,34 @@ def _output_layers(model: nn.Module) -> set[int]:
     return found
 
 
-def _check(plan: _Plan, modules: Mapping[str, nn.Module], importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _check(
+    model: nn.Module, plan: _Plan, targets: Mapping[str, _Target], importance: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Every layer against its scheme, before any is touched; returns importance by layer, checked."""
-    if unknown := sorted(name for name in importance if not isinstance(modules.get(name), nn.Linear | QuantizedLinear)):
+    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | PackedModule)}
+    if unknown := sorted(importance.keys() - layers - experts_parameters(model).keys()):
         raise ValueError(f"importance names {', '.join(unknown[:5])}, which are not linear layers of the model")
     columns = {}
     for name, scheme in plan.schemes.items():
-        linear = _linear(modules[name])
+        target = targets[name]
         try:
             if scheme.activation_static:
                 raise ValueError(f"scheme {scheme} needs calibrated input scales: use QuantizedLinear.from_weight")
-            check_dense(linear.weight, scheme)
+            for weight in target.weight if isinstance(target, ExpertsParameter) else (target.weight,):
+                check_dense(weight, scheme)
             if name in importance:
-                columns[name] = check_importance(importance[name], linear.in_features)
+                columns[name] = _columns(target, importance[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return columns
+
+
+def _columns(target: _Target, importance: Tensor) -> Tensor:
+    if isinstance(target, ExpertsParameter):
+        E, _, K = target.shape
+        rows = importance if importance.dim() == 2 and len(importance) == E else importance.expand(E, -1)
+        return torch.stack([check_importance(row, K) for row in rows])
+    return check_importance(importance, target.in_features)
 
 
 def _skipped(model: nn.Module, plan: _Plan) -> list[SkippedParameter]:
@@ -209,13 +263,14 @@ def _skipped(model: nn.Module, plan: _Plan) -> list[SkippedParameter]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            quantized = path in plan.schemes and name == "weight"
-            done = isinstance(module, QuantizedLinear) and name == "weight"
+            full = f"{path}.{name}" if path else name
+            quantized = full in plan.schemes or (path in plan.schemes and name == "weight")
+            done = isinstance(module, PackedModule) and name == "weight"
             if quantized or done or parameter.nbytes < _WORTH_REPORTING or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             reason, chosen = plan.reasons.get(path, ("not the weight of a linear layer", False))
-            full = f"{path}.{name}" if path else name
+            reason, chosen = plan.reasons.get(full, (reason, chosen))
             found.append(SkippedParameter(full, parameter.nbytes, reason, chosen))
     return found
 
@@ -232,26 +287,45 @@ def _refuse_surprises(skipped: list[SkippedParameter]) -> None:
 def _convert_all(
     model: nn.Module,
     plan: _Plan,
-    modules: dict[str, nn.Module],
+    targets: dict[str, _Target],
     columns: Mapping[str, Tensor],
     progress: bool | None,
 ) -> list[LayerReport]:
     paths = _paths(model)
     reports = []
-    total = sum(_linear(modules[name]).weight.nbytes for name in plan.schemes)
+    total = sum(target.weight.nbytes for target in targets.values())
     with progress_bar("quantizing", total, progress) as advance:
         for name, scheme in plan.schemes.items():
-            linear = _linear(modules.pop(name))
-            new, report = _convert(name, linear, scheme, columns.get(name))
-            for path in paths[id(linear)]:
+            target = targets.pop(name)
+            new, report = _convert(name, target, scheme, columns.get(name))
+            for path in paths.get(id(target), [name]):
                 replace_module(model, path, new)
             reports.append(report)
             advance(name, report.bytes_before)
-            del linear  # the last reference: the dense weight is freed before the next layer
+            del target  # the last reference: the dense weight is freed before the next layer
     return reports
 
 
 def _convert(
+    name: str, target: _Target, scheme: Scheme, importance: Tensor | None
+) -> tuple[QuantizedLinear | QuantizedExperts, LayerReport]:
+    if isinstance(target, ExpertsParameter):
+        return _convert_experts(name, target, scheme, importance)
+    return _convert_linear(name, target, scheme, importance)
+
+
+def _convert_experts(
+    name: str, target: ExpertsParameter, scheme: Scheme, importance: Tensor | None
+) -> tuple[QuantizedExperts, LayerReport]:
+    weight = target.weight
+    quantized = ExpertWeights.quantize(weight, scheme, importance)
+    parts = [_noise_and_signal(dense, one) for dense, one in zip(weight, quantized, strict=True)]
+    error = _ratio(sum(noise for noise, _ in parts), sum(signal for _, signal in parts))
+    new = QuantizedExperts.from_weight(quantized).train(target.owner.training)
+    return new, LayerReport(name, str(scheme), target.shape, weight.nbytes, new.weight.nbytes, error)
+
+
+def _convert_linear(
     name: str, linear: nn.Linear, scheme: Scheme, importance: Tensor | None
 ) -> tuple[QuantizedLinear, LayerReport]:
     weight = linear.weight.detach()
@@ -272,13 +346,22 @@ def _convert(
 
 
 def _relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
-    """||W - W'|| / ||W||, some rows at a time, so that no second dense weight is made."""
+    """||W - W'|| / ||W||."""
+    return _ratio(*_noise_and_signal(weight, quantized))
+
+
+def _noise_and_signal(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
+    """||W - W'||^2 and ||W||^2, some rows at a time, so that no second dense weight is made."""
     rows = max(128, _ERROR_CHUNK // quantized.K // 128 * 128)  # multiples of a block
     noise = signal = 0.0
     for begin, part in _row_slices(quantized, rows):
         dense = weight[begin : begin + part.N].float()
         signal += _sum_of_squares(dense)
         noise += _sum_of_squares(part.dequantize().sub_(dense))
+    return noise, signal
+
+
+def _ratio(noise: float, signal: float) -> float:
     if signal == 0:
         return 0.0 if noise == 0 else math.inf
     return math.sqrt(noise / signal)
@@ -297,17 +380,6 @@ def _row_slices(w: QuantizedWeight, rows: int) -> Iterator[tuple[int, QuantizedW
         zeros = None if w.zeros is None else w.zeros[groups]
         packed, scales = w.packed[begin:end], w.scales[groups]
         yield begin, QuantizedWeight(w.scheme, (end - begin, w.K), packed, scales, zeros, w.perm)
-
-
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` at `path`, which must exist."""
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # In eval mode it hands the dense weights of its layers to one fused kernel. Zero means "an activation that this
-        # kernel does not know", so that forward takes the ordinary path.
-        parent.activation_relu_or_gelu = 0
-    parent._modules[name] = new
 
 
 def _linear(module: nn.Module) -> nn.Linear:

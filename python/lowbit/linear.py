@@ -17,8 +17,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lowbit import _C, ops
-from lowbit._canonical import canonical_tensors, device_layout, preferred_layout
+from lowbit import ops
+from lowbit._packed import PackedModule, frozen
 from lowbit.scheme import Scheme, format_info
 from lowbit.weight import QuantizedWeight
 
@@ -27,15 +27,10 @@ __all__ = ["QuantizedLinear"]
 _gemm = torch.ops.lowbit.gemm.default
 _linear = torch.ops.lowbit.linear.default
 _CANONICAL: Final = 0
-_WEIGHT_PARTS: Final = ("packed", "scales", "zeros", "offsets", "perm")
 _INPUTS: Final[tuple[str, ...]] = ("input_scale", "input_zero", "input_pre_scale")
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PackedModule):
     """y = x @ W.T + bias, with W[N, K] packed and frozen.
 
     `weight` is one uint8 Parameter that holds codes, scales, zeros and perm in the order that this device's kernels read
@@ -64,7 +59,9 @@ class QuantizedLinear(nn.Module):
         torch.Size([8, 64])
     """
 
-    weight: nn.Parameter
+    _beside = ("bias", *_INPUTS)
+    _needed = ("bias", *_INPUTS[:2])
+
     bias: nn.Parameter | None
     input_scale: nn.Parameter | None
     input_zero: nn.Parameter | None
@@ -82,22 +79,17 @@ class QuantizedLinear(nn.Module):
         has_perm: bool = False,
         batch_invariant: bool = False,
     ) -> None:
-        super().__init__()
-        self.scheme = Scheme.parse(scheme)
-        self.scheme.check_shape(out_features, in_features)
+        super().__init__(scheme, (out_features, in_features), device, has_perm, batch_invariant)
         self.in_features = in_features
         self.out_features = out_features
-        self.has_perm = has_perm
-        self.flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
-        self._empty_weight(torch.empty(0, device=device).device)  # follows `with torch.device(...)` too
         for name in ("bias", *_INPUTS):
             self.register_parameter(name, None)
         if bias:
-            self.bias = _frozen(torch.empty(out_features, device=device, dtype=dtype))
+            self.bias = frozen(torch.empty(out_features, device=device, dtype=dtype))
         if self.scheme.activation_static:
-            self.input_scale = _frozen(torch.ones(1, device=device, dtype=torch.float32))
+            self.input_scale = frozen(torch.ones(1, device=device, dtype=torch.float32))
             if not self.scheme.activation_symmetric:
-                self.input_zero = _frozen(torch.zeros(1, device=device, dtype=torch.int32))
+                self.input_zero = frozen(torch.zeros(1, device=device, dtype=torch.int32))
         # Read on every call, so kept as plain numbers.
         self._a8 = None if self.scheme.activation_format is None else format_info(self.scheme.activation_format).id
 
@@ -164,10 +156,10 @@ class QuantizedLinear(nn.Module):
         found = made._check_inputs({name: t for name, t in given.items() if t is not None})
         if bias is not None:
             _check_bias(bias, weight.N)
-            made.bias = _frozen(bias.detach())
+            made.bias = frozen(bias.detach())
         made._set_weight(weight, weight.device)
         for name, tensor in found.items():
-            setattr(made, name, _frozen(tensor.to(weight.device)))
+            setattr(made, name, frozen(tensor.to(weight.device)))
         return made
 
     def _check_inputs(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,31 +180,6 @@ class QuantizedLinear(nn.Module):
             found[name] = tensor.detach().to(torch.int32 if name == "input_zero" else torch.float32)
         return found
 
-    # -- the weight in memory -------------------------------------------------------------------------------------------
-
-    def _set_layout(self, layout: int) -> None:
-        self.layout = layout
-        self._desc = self.scheme.desc(layout, self.has_perm)
-
-    def _empty_weight(self, device: torch.device) -> None:
-        self._set_layout(_CANONICAL)
-        layout = device_layout(device, self.scheme, self.has_perm)
-        if layout is None:  # meta: as large as it will be on the CPU
-            layout = preferred_layout(torch.device("cpu"), self.scheme, self.has_perm)
-        size = _C.packed_size(self.out_features, self.in_features, self.scheme.desc(layout, self.has_perm))
-        self.weight = _frozen(torch.empty(size, dtype=torch.uint8, device=device))
-
-    def _set_weight(self, weight: QuantizedWeight, device: torch.device) -> None:
-        if weight.packed.is_meta:
-            self.has_perm = weight.perm is not None
-            self._empty_weight(weight.device)
-            return
-        layout = preferred_layout(device, weight.scheme, weight.perm is not None)
-        packed = weight.pack(layout, device)
-        self.has_perm = weight.perm is not None
-        self._set_layout(layout)
-        self.weight = _frozen(packed)
-
     def quantized_weight(self) -> QuantizedWeight:
         """The weight in canonical form (a copy), on the device of the module.
 
@@ -222,30 +189,8 @@ class QuantizedLinear(nn.Module):
         Example:
             >>> layer.quantized_weight().dequantize(torch.bfloat16)  # W [N, K]
         """
-        self._need_weight("quantized_weight()")
-        # Bytes in the layout of a device that they were moved away from are unpacked on the CPU.
-        shape = (self.out_features, self.in_features)
-        return QuantizedWeight.unpack(self.weight.detach(), self.scheme, shape, self.layout, self.has_perm)
-
-    def _need_weight(self, what: str) -> None:
-        if self.weight.is_meta or self.layout == _CANONICAL:
-            where = "is on the meta device" if self.weight.is_meta else "was never loaded"
-            raise RuntimeError(f"{what}: the weight of {self._label()} {where}: call load_state_dict")
-
-    def prepare(self) -> QuantizedLinear:
-        """Bring the weight into the layout that kernels of its device read; nothing happens when it is in it already.
-
-        Called by `quantize_`, by loading and by `.to()`; call it yourself after moving bytes between kinds of devices.
-
-        Raises:
-            RuntimeError: there is no weight yet (a fresh module, or one on the meta device).
-            ValueError: this build has no kernels for the device.
-        """
-        self._need_weight("prepare()")
-        device = self.weight.device
-        if self.layout != preferred_layout(device, self.scheme, self.has_perm):
-            self._set_weight(self.quantized_weight(), device)
-        return self
+        weight: QuantizedWeight = self._canonical_weight()
+        return weight
 
     # -- forward --------------------------------------------------------------------------------------------------------
 
@@ -288,115 +233,31 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        layout = next(name for name, value in _C.enums()["layout"].items() if value == self.layout)
-        state = f"layout={layout}" if self.layout != _CANONICAL else "not prepared"
         bias = self.bias is not None
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
-            f"scheme={str(self.scheme)!r}, {state}"
+            f"scheme={str(self.scheme)!r}, {self._state()}"
         )
 
-    # -- moving ---------------------------------------------------------------------------------------------------------
+    # -- state_dict -----------------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        was_meta, before = self.weight.is_meta, self.weight.device
-        keep = {id(p) for name, p in self._parameters.items() if p is not None and name != "bias"}
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in keep and moved.dtype != tensor.dtype:  # .half(), .type(): bytes and scales stay
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not self.weight.is_meta:
-            self._empty_weight(self.weight.device)  # to_empty(): the bytes mean nothing
-            return self
-        moved = self.layout != _CANONICAL and self.weight.device.type != before.type
-        # Without kernels there (or on the meta device) the bytes keep their layout, and are valid again when back.
-        if moved and device_layout(self.weight.device, self.scheme, self.has_perm) is not None:
-            self.prepare()
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> QuantizedLinear:
-        """Let the bias require grad, or not; the weight is frozen either way."""
-        if self.bias is not None:
-            self.bias.requires_grad_(requires_grad)
-        return self
-
-    # -- state_dict -------------------------------------------------------------------------------------------------------
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, tensor in self._canonical().items():
-            destination[f"{prefix}weight_{name}"] = tensor
-        text = str(self.scheme).encode()
-        destination[prefix + "weight_scheme"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
-        for name in ("bias", *_INPUTS):
-            if (parameter := self._parameters[name]) is not None:
-                destination[prefix + name] = parameter if keep_vars else parameter.detach()
-
-    def _canonical(self) -> dict[str, Tensor]:
-        if not self.weight.is_meta and self.layout != _CANONICAL:
-            return self.quantized_weight().tensors()
-        # Nothing to unpack: tensors of the right shapes, which is what callers that fill a state_dict in place need.
-        shapes = canonical_tensors(self.scheme, self.out_features, self.in_features, self.has_perm)
-        device = self.weight.device
-        return {name: torch.empty(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        mine = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        known = {f"weight_{part}" for part in _WEIGHT_PARTS} | {"weight_scheme", "bias", *_INPUTS}
-        if strict:
-            unexpected_keys += [prefix + n for n in mine if n not in known and n.split(".")[0] not in self._modules]
-        wanted = [f"weight_{part}" for part in canonical_tensors(self.scheme, self.out_features, self.in_features)]
-        wanted += [name for name in ("bias", *_INPUTS[:2]) if self._parameters[name] is not None]
-        missing_keys += [prefix + name for name in wanted if name not in mine]
-        present = {name: tensor for name, tensor in mine.items() if name in known}
-        if not present:
-            return
-        try:
-            self._load(present, bool(local_metadata.get("assign_to_params_buffers", False)))
-        except (ValueError, RuntimeError) as error:
-            error_msgs.append(f"{prefix or 'the module'}: {error}")
-
-    def _load(self, tensors: dict[str, Tensor], assign: bool) -> None:
-        """Everything is checked before anything changes; the missing is left as it is."""
-        parts = {name[len("weight_") :]: t for name, t in tensors.items() if name.startswith("weight_")}
-        stated = parts.pop("scheme", None)
-        if stated is not None and not stated.is_meta:
-            text = bytes(stated.tolist()).decode(errors="replace")
-            if not Scheme.parse(text).same_storage(self.scheme):
-                raise ValueError(f"the state_dict holds a weight of scheme {text}, the module is {self.scheme}")
-        weight = None
-        if parts:
-            weight = QuantizedWeight.from_tensors(parts, self.scheme, (self.out_features, self.in_features))
+    def _check_beside(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs: dict[str, Tensor] = {name: tensors[name] for name in _INPUTS if name in tensors}
         for name in ("input_scale", "input_zero"):  # what is absent keeps its value
             if (old := self._parameters[name]) is not None:
                 inputs.setdefault(name, old)
         inputs = self._check_inputs(inputs)
-        bias = tensors.get("bias")
-        if bias is not None:
+        if (bias := tensors.get("bias")) is not None:
             if self.bias is None:
                 raise ValueError("the state_dict holds a bias, the module has none")
             _check_bias(bias, self.out_features)
-        if self.weight.is_meta and not assign:
-            raise ValueError("the module is on the meta device: pass assign=True, or call to_empty() first")
-        if weight is not None:
-            self._set_weight(weight, weight.device if assign else self.weight.device)
-        for name, tensor in inputs.items():
-            setattr(self, name, _frozen(tensor.to(self.weight.device)))
+            inputs["bias"] = bias
+        return inputs
+
+    def _set_beside(self, tensors: dict[str, Tensor], assign: bool) -> None:
+        bias = tensors.pop("bias", None)
+        for name, tensor in tensors.items():
+            setattr(self, name, frozen(tensor.to(self.weight.device)))
         if bias is not None and self.bias is not None:
             if assign:
                 self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)

@@ -17,14 +17,14 @@ class LayerReport:
     Args:
         name: its path in the model.
         scheme: as a string.
-        shape: (N, K).
+        shape: (N, K), or (E, N, K) of experts.
         bytes_before, bytes_after: of the weight in memory.
         relative_error: ||W - W'|| / ||W|| (Frobenius); 0 for a weight of zeros.
     """
 
     name: str
     scheme: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
     relative_error: float
@@ -74,7 +74,7 @@ class QuantizeReport:
             (
                 layer.name or "(the model)",
                 layer.scheme,
-                f"{layer.shape[0]} x {layer.shape[1]}",
+                " x ".join(map(str, layer.shape)),
                 format_bytes(layer.bytes_before),
                 format_bytes(layer.bytes_after),
                 f"{layer.relative_error:.2e}",

@@ -13,10 +13,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lowbit import _artifact
 from lowbit._artifact import Item, Layer, Manifest
+from lowbit._packed import PackedModule
+from lowbit._places import ExpertsParameter, experts_at, experts_parameters, features, replace_module
 from lowbit._progress import progress_bar
 from lowbit._safetensors import dtype_name
-from lowbit.convert import replace_module
 from lowbit.errors import ArtifactError
+from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.integrations import announce
 from lowbit.linear import QuantizedLinear
 from lowbit.weight import QuantizedWeight
@@ -80,7 +82,7 @@ def save_quantized(
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     """A module's own tensors, but for a packed weight: name, tensor, kind."""
-    skip = {"weight"} if isinstance(module, QuantizedLinear) else set()
+    skip = {"weight"} if isinstance(module, PackedModule) else set()
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         if name not in skip:
             yield name, parameter, "parameter"
@@ -102,7 +104,7 @@ def _collect(model: nn.Module) -> tuple[list[Item], dict[str, Layer], dict[str, 
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{path or 'the model'}: {type(module).__name__} keeps state that is not a tensor")
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | QuantizedExperts):
             if id(module) in first_layer:
                 layer_aliases[path] = first_layer[id(module)]
             else:
@@ -121,12 +123,15 @@ def _collect(model: nn.Module) -> tuple[list[Item], dict[str, Layer], dict[str, 
     return items, layers, aliases, layer_aliases
 
 
-def _collect_layer(path: str, module: QuantizedLinear, layers: dict[str, Layer]) -> Item:
+def _collect_layer(path: str, module: QuantizedLinear | QuantizedExperts, layers: dict[str, Layer]) -> Item:
     if not path:
-        raise ValueError("the model is itself a QuantizedLinear: save its quantized_weight() with QuantizedWeight.save")
+        raise ValueError(
+            f"the model is itself a {type(module).__name__}: save its quantized_weight() with QuantizedWeight.save, or put "
+            "it into a module"
+        )
     if module.weight.is_meta or module.layout == 0:
         raise ValueError(f"{path}: the quantized weight was never loaded")
-    layer = Layer(module.scheme, (module.out_features, module.in_features), module.has_perm)
+    layer = Layer(module.scheme, module._shape, module.has_perm)
     layers[path] = layer
     return _artifact.layer_item(path, layer, module.quantized_weight)
 
@@ -232,21 +237,29 @@ def _fit_layers(model: nn.Module, manifest: Manifest) -> dict[str, str]:
     """Path in the model -> layer of the manifest that goes there; ArtifactError where it cannot."""
     where = manifest.directory / _artifact.MANIFEST
     wanted = {path: path for path in manifest.layers} | dict(manifest.layer_aliases)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module | ExpertsParameter] = dict(model.named_modules(remove_duplicate=False))
+    modules |= experts_parameters(model)
     if missing := wanted.keys() - modules.keys():
         raise ArtifactError(f"{where}: the model has no layer called {_some(missing)}")
-    if extra := {p for p, m in modules.items() if isinstance(m, QuantizedLinear)} - wanted.keys():
+    if extra := {p for p, m in modules.items() if isinstance(m, PackedModule)} - wanted.keys():
         raise ArtifactError(f"{where}: the model's quantized layers {_some(extra)} are not in the artifact")
     for path, source in wanted.items():
         module, layer = modules[path], manifest.layers[source]
-        if not path or not isinstance(module, nn.Linear | QuantizedLinear):
+        shape = _shape(module)
+        if not path or shape is None:
             raise ArtifactError(f"{where}: layer {path!r} is quantized, the model has a {type(module).__name__} there")
-        if (module.out_features, module.in_features) != layer.shape:
-            N, K = layer.shape
-            raise ArtifactError(
-                f"{where}: layer {path!r} is N={N}, K={K}, the model's is N={module.out_features}, K={module.in_features}"
-            )
+        if shape != layer.shape:
+            raise ArtifactError(f"{where}: layer {path!r} is {features(layer.shape)}, the model's is {features(shape)}")
     return wanted
+
+
+def _shape(module: nn.Module | ExpertsParameter) -> tuple[int, ...] | None:
+    """The shape of the weight that a quantized layer would stand in for, or None."""
+    if isinstance(module, ExpertsParameter):
+        return module.shape
+    if isinstance(module, nn.Linear | QuantizedLinear):
+        return module.out_features, module.in_features
+    return module._shape if isinstance(module, QuantizedExperts) else None
 
 
 def _resolve(manifest: Manifest, name: str) -> str | None:
@@ -264,11 +277,15 @@ def _fit_tensors(model: nn.Module, manifest: Manifest, replaced: Mapping[str, st
     by_tensor: dict[int, str] = {}  # a tensor of the model -> what is stored for it, under any of its names
     for path, module in model.named_modules(remove_duplicate=False):
         if path in replaced:
+            if isinstance(module, QuantizedExperts):
+                continue
             if (_resolve(manifest, _join(replaced[path], "bias")) is None) != (module.bias is None):
                 raise ArtifactError(f"{where}: layer {path!r} is stored {'with' if module.bias is None else 'without'} a "
                                     "bias, unlike the model's")  # fmt: skip
             continue
         for name, tensor, kind in _tensors(module):
+            if _join(path, name) in replaced:
+                continue
             entries.append((path, name, tensor, kind))
             if (source := stored.get(_join(path, name))) is not None:
                 by_tensor.setdefault(id(tensor), source)
@@ -303,22 +320,29 @@ def _device(tensor: Tensor, device: torch.device | None) -> torch.device:
 
 def _make_layer(
     model: nn.Module, path: str, manifest: Manifest, tensors: dict[str, Tensor], device: torch.device | None
-) -> QuantizedLinear:
-    layer, old = manifest.layers[path], model.get_submodule(path)
-    assert isinstance(old, nn.Linear | QuantizedLinear)
-    device = _device(old.weight, device)
+) -> QuantizedLinear | QuantizedExperts:
+    layer = manifest.layers[path]
+    old = experts_at(model, path) or model.get_submodule(path)
+    weight = old.parameter if isinstance(old, ExpertsParameter) else old.weight
+    assert isinstance(weight, Tensor)
+    device = _device(weight, device)
     prefix = _join(path, "weight_")
     # Popped, so that canonical tensors are freed as layers are packed.
     parts = {name[len(prefix) :]: tensors.pop(name) for name in layer.specs(path)}
     sources = {name: _resolve(manifest, _join(path, name)) for name in _LAYER_TENSORS}
     rest = {name: tensors[source].to(device) for name, source in sources.items() if source is not None}
+    invariant = isinstance(old, PackedModule) and bool(old.flags)
+    made: QuantizedLinear | QuantizedExperts
     try:
-        weight = QuantizedWeight.from_tensors(parts, layer.scheme, layer.shape).to(device)
-        invariant = isinstance(old, QuantizedLinear) and bool(old.flags)
-        made = QuantizedLinear.from_weight(weight, batch_invariant=invariant, **rest)
+        if len(layer.shape) == 3:
+            experts = ExpertWeights.from_tensors(parts, layer.scheme, layer.shape).to(device)
+            made = QuantizedExperts.from_weight(experts, batch_invariant=invariant)
+        else:
+            linear = QuantizedWeight.from_tensors(parts, layer.scheme, layer.shape).to(device)
+            made = QuantizedLinear.from_weight(linear, batch_invariant=invariant, **rest)
     except (ValueError, RuntimeError) as error:
         raise ArtifactError(f"{manifest.directory}: layer {path!r}: {error}") from None
-    return made.train(old.training)
+    return made.train((old.owner if isinstance(old, ExpertsParameter) else old).training)
 
 
 def _make_values(

@@ -5,7 +5,7 @@
     zeros    uint8 or the scales' dtype [N, G]; or offsets in the scales' dtype
     perm     int32 [K]: packed column j holds column perm[j] of the weight
 
-G = ceil(K / group_size). A leading dimension for experts is reserved: it is refused until kernels take it.
+G = ceil(K / group_size). The weights of experts, [E, N, K], are `ExpertWeights`.
 """
 
 from __future__ import annotations
@@ -393,6 +393,16 @@ class QuantizedWeight:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.packed.device
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the tensors have no values."""
+        return self.packed.is_meta
+
+    @property
+    def has_perm(self) -> bool:
+        """Whether the columns are stored in another order."""
+        return self.perm is not None
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,8 @@ def _nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def _layer(name: str, scheme: Scheme, shape: Iterable[int], has_perm: bool, stored: int) -> dict[str, Any]:
-    N, K = shape
-    about = {"name": name, "scheme": str(scheme), "shape": [N, K], "perm": has_perm, "bytes": stored}
-    return {**about, "bits_per_weight": stored * 8 / (N * K)}
+    about = {"name": name, "scheme": str(scheme), "shape": list(shape), "perm": has_perm, "bytes": stored}
+    return {**about, "bits_per_weight": stored * 8 / math.prod(shape)}
 
 
 # -- other files -------------------------------------------------------------------------------------------------------------
@@ -178,9 +178,9 @@ def _planned(plan: Plan) -> Tensors:
     """The quantized layers of a checkpoint: how they are stored stands in place of a scheme."""
     found = []
     for name, layer in plan.layers.items():
-        (N, K), stored = layer.shape, layer.nbytes
-        about = {"name": name, "scheme": layer.about, "shape": [N, K], "perm": False, "bytes": stored}
-        found.append({**about, "bits_per_weight": stored * 8 / (N * K)})
+        shape, stored = layer.shape, layer.nbytes
+        about = {"name": name, "scheme": layer.about, "shape": list(shape), "perm": False, "bytes": stored}
+        found.append({**about, "bits_per_weight": stored * 8 / math.prod(shape)})
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.formats._format import Container, Format
 from lowbit.formats._load import CheckpointReport, LoadedLayer, load_checkpoint
-from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, PlannedTensor
+from lowbit.formats._record import ExpertsRecord, LinearRecord, Plan, PlannedLinear, PlannedTensor
 from lowbit.formats._registry import CONTAINERS, FORMATS, open_plan
 from lowbit.formats.gguf import GGUFModel, load_gguf
 
@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointReport",
     "Container",
     "Detection",
+    "ExpertsRecord",
     "Format",
     "GGUFModel",
     "LinearRecord",
@@ -91,7 +92,9 @@ def plan(path: str | os.PathLike[str], format: str | None = None) -> Iterator[Pl
         yield found
 
 
-def read(path: str | os.PathLike[str], format: str | None = None) -> Iterator[tuple[str, LinearRecord | Tensor]]:
+def read(
+    path: str | os.PathLike[str], format: str | None = None
+) -> Iterator[tuple[str, LinearRecord | ExpertsRecord | Tensor]]:
     """Every quantized layer and every other tensor of a checkpoint, one at a time, in natural order of names.
 
     The whole checkpoint is understood from its headers before the first one is given, and never more than one layer
@@ -102,7 +105,8 @@ def read(path: str | os.PathLike[str], format: str | None = None) -> Iterator[tu
         format: a name from FORMATS, to skip the detection.
 
     Yields:
-        (path of the module, LinearRecord) for a quantized layer, (full name, Tensor) for everything else.
+        (path of the module, LinearRecord) for a quantized layer, (path, ExpertsRecord) for experts that are kept in one
+        tensor, (full name, Tensor) for everything else.
 
     Raises:
         ArtifactError: the format is not known for certain, a tensor is missing, has another dtype or shape than the

@@ -25,10 +25,12 @@ from lowbit.importance import check_columns
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["Choice", "open_artifact", "open_contents", "open_dense", "source_kind"]
+__all__ = ["EXPERTS", "Choice", "open_artifact", "open_contents", "open_dense", "source_kind"]
 
 #: What a config says of how the source is quantized, and what is therefore not part of the model's own config.
 _QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config", "quantization")
+#: Why experts that are kept in one tensor are not converted and not compared.
+EXPERTS: Final = "holds the weights of experts in one tensor, which is loaded, but not converted or compared"
 _INPUTS: Final = ("bias", "input_scale", "input_zero", "input_pre_scale")
 
 
@@ -118,6 +120,8 @@ def _reader(source: Source, name: str) -> Callable[[], Tensor]:
 def _survey(plan: Plan, path: Path, advance: Advance) -> Contents:
     layers = {}
     for name, planned in plan.layers.items():
+        if len(planned.shape) == 3:
+            raise plan.fail(f"{name}: {EXPERTS}")
         record = plan.read(name)
         assert isinstance(record, LinearRecord)
         read = functools.partial(_read_again, plan, name)
@@ -175,6 +179,8 @@ def _artifact_contents(root: Path, advance: Advance, verify: bool) -> Iterator[C
 
 def _artifact_layer(manifest: _artifact.Manifest, name: str, read: Callable[[str], Tensor]) -> PlannedLayer:
     layer = manifest.layers[name]
+    if len(layer.shape) == 3:
+        raise ArtifactError(f"{manifest.directory}: {name}: {EXPERTS}")
     beside = {}
     for leaf in _INPUTS:
         full = f"{name}.{leaf}"
@@ -182,7 +188,8 @@ def _artifact_layer(manifest: _artifact.Manifest, name: str, read: Callable[[str
         if full in manifest.tensors:
             beside[leaf] = full
     bias = None if "bias" not in beside else _safetensors._DTYPES[manifest.tensors[beside["bias"]][1]]
-    spec = LayerSpec(layer.scheme, layer.shape, layer.has_perm, bias, tuple(k for k in beside if k != "bias"))
+    N, K = layer.shape
+    spec = LayerSpec(layer.scheme, (N, K), layer.has_perm, bias, tuple(k for k in beside if k != "bias"))
     names = {full.rpartition("weight_")[2]: full for full in layer.specs(name)}
 
     def make() -> tuple[LinearRecord, QuantizedWeight]:

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from lowbit.formats._module import SCALE_DTYPES, Module, describe
+from lowbit.formats._module import SCALE_DTYPES, Module
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
 
@@ -28,8 +28,6 @@ def check_float8(module: Module, weight: str, scale: str, block: bool) -> tuple[
         block: scales of 128 x 128 blocks, the last ones possibly cut off.
     """
     info = module.info(weight)
-    if len(info.shape) == 3:
-        raise module.fail(f"{weight} is {describe(info)}: expert tensors with three dimensions are not read yet")
     N, K = module.check(weight, tuple(FP8), None).shape
     module.positive(N, K)
     name = FP8[info.dtype].replace("_", " ")

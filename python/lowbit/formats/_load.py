@@ -10,10 +10,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from lowbit._packed import PackedModule
+from lowbit._places import experts_at, features, replace_module
 from lowbit._progress import progress_bar
-from lowbit.convert import replace_module
 from lowbit.errors import ArtifactError
-from lowbit.formats._record import KV_SCALES, Plan
+from lowbit.experts import QuantizedExperts
+from lowbit.formats._experts import join, known_groups
+from lowbit.formats._record import KV_SCALES, ExpertsRecord, Plan
 from lowbit.formats._registry import open_plan
 from lowbit.integrations import announce
 from lowbit.linear import QuantizedLinear
@@ -33,13 +36,13 @@ class LoadedLayer:
     Args:
         name: its path in the model.
         scheme: as a string; "dequantized" for an embedding, which is stored dense.
-        shape: (N, K).
+        shape: (N, K), or (E, N, K) of experts.
         nbytes: of the weight in memory.
     """
 
     name: str
     scheme: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     nbytes: int
 
 
@@ -67,7 +70,9 @@ class CheckpointReport:
     unused: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
     model: nn.Module | None = dataclasses.field(default=None, repr=False)
-    contents: Mapping[str, QuantizedLinear | Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    contents: Mapping[str, QuantizedLinear | QuantizedExperts | Tensor] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but model and contents, as plain JSON values."""
@@ -78,7 +83,7 @@ class CheckpointReport:
 
     def __str__(self) -> str:
         rows = [
-            (layer.name, layer.scheme, f"{layer.shape[0]} x {layer.shape[1]}", format_bytes(layer.nbytes))
+            (layer.name, layer.scheme, " x ".join(map(str, layer.shape)), format_bytes(layer.nbytes))
             for layer in self.layers
         ]
         lines = [format_table(("layer", "scheme", "N x K", "size"), rows, left=2)]
@@ -138,6 +143,7 @@ def load_checkpoint(
             if not isinstance(model, nn.Module):
                 with _parameters_on_meta():
                     model = model()
+            plan, names = _with_experts(plan, names, model)
             fit = _Fit(model, plan, names)
             fit.check(strict)
         contents = _Contents(plan, fit, None if device is None else torch.device(device), dtype)
@@ -164,6 +170,27 @@ def _renamed(plan: Plan, rename: Callable[[str], str | None] | None) -> dict[str
     return found
 
 
+def _with_experts(plan: Plan, names: dict[str, str], model: nn.Module) -> tuple[Plan, dict[str, str]]:
+    """The plan with the layers of experts joined that the model keeps in one Parameter, and the names that go with it."""
+    old = {new: name for name, new in names.items() if name in plan.layers}
+    groups = known_groups(old, lambda path: path not in old and _experts_shape(model, path) is not None)
+    members = {new for parts in groups.values() for part in parts for new in part}
+    joined = join(plan, {path: [[old[new] for new in part] for part in parts] for path, parts in groups.items()})
+    kept = {name: new for name, new in names.items() if new not in members}
+    return joined, kept | {path: path for path in groups}
+
+
+def _experts_shape(model: nn.Module, path: str) -> tuple[int, ...] | None:
+    """(E, N, K) of the experts at a path, quantized or not; None where there are none."""
+    if (found := experts_at(model, path)) is not None:
+        return found.shape
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return module._shape if isinstance(module, QuantizedExperts) else None
+
+
 def _common_dtype(plan: Plan) -> torch.dtype | None:
     """The floating dtype that most bytes of the tensors that are not quantized have."""
     sizes: dict[torch.dtype, int] = {}
@@ -183,7 +210,7 @@ class _Contents:
     def __init__(self, plan: Plan, fit: _Fit | None, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.plan, self.fit, self.device, self.dtype = plan, fit, device, dtype
         self.common = dtype or _common_dtype(plan)
-        self.made: dict[str, QuantizedLinear | Tensor] = {}
+        self.made: dict[str, QuantizedLinear | QuantizedExperts | Tensor] = {}
         self.layers: list[LoadedLayer] = []
 
     def read(self, names: Mapping[str, str], progress: bool | None) -> None:
@@ -202,13 +229,16 @@ class _Contents:
                     self.layers.append(LoadedLayer(new, scheme, layers[name].shape, nbytes))
                 advance(new, layers[name].nbytes if name in layers else tensors[name].nbytes)
 
-    def _one(self, name: str, new: str) -> QuantizedLinear | Tensor:
+    def _one(self, name: str, new: str) -> QuantizedLinear | QuantizedExperts | Tensor:
         """A layer as a module, or as a dense tensor where an embedding wants it; or a tensor."""
         device = self.device if self.fit is None else self.fit.device(new, self.device)
         record = self.plan.read(name)
         if isinstance(record, Tensor):
             return record.to(device=device, dtype=self.dtype if record.is_floating_point() else None)
         try:
+            if isinstance(record, ExpertsRecord):
+                experts = record.weight if device is None else record.weight.to(device)
+                return ExpertsRecord(experts).experts()
             if self.fit is not None and new in self.fit.dense:
                 return record.weight.dequantize(self.common or torch.float32).to(device=device)
             weight, bias = record.weight, record.bias
@@ -277,6 +307,9 @@ class _Fit:
         for path, module in self.modules.items():
             paths.setdefault(id(module), []).append(path)
         for name, layer in self.layers.items():
+            if len(layer.shape) == 3:
+                self._fit_experts(name, layer.shape)
+                continue
             module = self.modules.get(name)
             if module is None or not name:
                 self.unused[name] = "the model has no such layer"
@@ -285,8 +318,7 @@ class _Fit:
             if shape is None:
                 raise self.fail(f"layer {name!r} is quantized, the model has a {type(module).__name__} there")
             if shape != layer.shape:
-                (N, K), (n, k) = layer.shape, shape
-                raise self.fail(f"layer {name!r} is N={N}, K={K}, the model's is N={n}, K={k}")
+                raise self.fail(f"layer {name!r} is {features(layer.shape)}, the model's is {features(shape)}")
             self.used.add(name)
             if isinstance(module, nn.Embedding):
                 self.dense.add(name)
@@ -294,9 +326,21 @@ class _Fit:
             for path in paths[id(module)]:  # a module at several paths stays one module
                 self.replaced.setdefault(path, name)
 
+    def _fit_experts(self, name: str, shape: tuple[int, ...]) -> None:
+        found = _experts_shape(self.model, name)
+        if found is None:
+            self.unused[name] = "the model has no such layer"
+            return
+        if found != shape:
+            raise self.fail(f"layer {name!r} is {features(shape)}, the model's is {features(found)}")
+        self.used.add(name)
+        self.replaced[name] = name
+
     def _fit_tensors(self) -> None:
         stored = dict.fromkeys(self.tensors) | {f"{name}.weight": None for name in self.dense}
-        entries = [e for e in _tensors(self.model) if e[0] not in self.replaced]
+        entries = [
+            e for e in _tensors(self.model) if e[0] not in self.replaced and _join(e[0], e[1]) not in self.replaced
+        ]
         by_tensor: dict[int, str] = {}  # a tensor of the model -> what is stored for it, under any of its names
         for path, name, tensor, _ in entries:
             if (full := _join(path, name)) in stored:
@@ -354,26 +398,32 @@ class _Fit:
         """Where a layer or tensor goes."""
         if wanted is not None:
             return wanted
-        old = self.modules[name].weight if name in self.layers else _tensor_at(self.model, name)
+        if name in self.layers:
+            experts = experts_at(self.model, name)
+            old = self.modules[name].weight if experts is None else experts.parameter
+        else:
+            old = _tensor_at(self.model, name)
         return torch.device("cpu") if not isinstance(old, Tensor) or old.is_meta else old.device
 
-    def check_biases(self, made: Mapping[str, QuantizedLinear | Tensor]) -> None:
+    def check_biases(self, made: Mapping[str, QuantizedLinear | QuantizedExperts | Tensor]) -> None:
         """A layer without a bias may have a stored one of zeros, as some writers do; any other is refused."""
         for path, name in self.replaced.items():
             new = made[name]
+            if isinstance(new, QuantizedExperts):
+                continue
             assert isinstance(new, QuantizedLinear)
             if new.bias is not None and getattr(self.modules[path], "bias", None) is None:
                 if bool((new.bias != 0).any()):
                     raise self.fail(f"layer {name!r} has a bias, the model's has none")
                 new.bias = None
 
-    def attach(self, made: Mapping[str, QuantizedLinear | Tensor]) -> None:
+    def attach(self, made: Mapping[str, QuantizedLinear | QuantizedExperts | Tensor]) -> None:
         """Put everything into the model."""
         for path, name in self.replaced.items():
             new = made[name]
-            assert isinstance(new, QuantizedLinear)
-            old = self.modules[path]
-            if isinstance(old, QuantizedLinear):
+            assert isinstance(new, PackedModule)
+            old = self.modules.get(path) or self.modules[path.rpartition(".")[0]]
+            if isinstance(old, PackedModule):
                 new.flags = old.flags
             replace_module(self.model, path, new.train(old.training))
         values: dict[str, Tensor] = {}

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from lowbit._safetensors import TensorInfo, dtype_name
 from lowbit.errors import ArtifactError
-from lowbit.formats._record import KV_SCALES, LinearRecord, PlannedLinear
+from lowbit.experts import ExpertWeights
+from lowbit.formats._record import KV_SCALES, ExpertsRecord, LinearRecord, PlannedLinear
 from lowbit.formats._source import Source
+from lowbit.weight import QuantizedWeight
 
-__all__ = ["SCALE_DTYPES", "Module", "describe", "modules", "scale_name"]
+__all__ = ["SCALE_DTYPES", "Module", "describe", "modules", "plan_experts", "scale_name"]
 
 #: Dtypes that canonical scales keep as they are, and their names in a Scheme.
 SCALE_DTYPES: Final = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -100,7 +102,11 @@ class Module:
         return self.read("bias") if "bias" in self else None
 
     def planned(
-        self, shape: tuple[int, int], about: str, leaves: Collection[str], read: Callable[[], LinearRecord]
+        self,
+        shape: tuple[int, ...],
+        about: str,
+        leaves: Collection[str],
+        read: Callable[[], LinearRecord | ExpertsRecord],
     ) -> PlannedLinear:
         """The layer made of those of `leaves` that are there."""
         sources = tuple(self.names[leaf] for leaf in leaves if leaf in self.names)
@@ -117,3 +123,60 @@ def modules(source: Source, *leaves: str) -> Iterator[Module]:
     for path, names in found.items():
         if any(leaf in names for leaf in leaves):
             yield Module(source, path, names)
+
+
+class _Expert(Module):
+    """One expert's part of a module whose tensors all have a leading dimension for experts."""
+
+    def __init__(self, whole: Module, index: int, held: dict[str, Tensor]) -> None:
+        super().__init__(whole.source, whole.path, whole.names)
+        self._index, self._held = index, held
+
+    def info(self, leaf: str) -> TensorInfo:
+        """Of this expert's part."""
+        info = super().info(leaf)
+        return TensorInfo(info.dtype, info.shape[1:])
+
+    def read(self, leaf: str) -> Tensor:
+        """This expert's part; the tensor is read once for all of them."""
+        if leaf not in self._held:
+            self._held[leaf] = super().read(leaf)
+        return self._held[leaf][self._index]
+
+
+def plan_experts(module: Module, weight: str, plan: Callable[[Module], PlannedLinear]) -> PlannedLinear:
+    """The layer that `plan` makes of a module; where its weight has three dimensions, that of every expert, joined.
+
+    Args:
+        weight: the leaf whose shape says whether there is a dimension for experts.
+        plan: what is done with the tensors of one layer, without that dimension.
+    """
+    shape = module.info(weight).shape
+    if len(shape) != 3:
+        return plan(module)
+    count = shape[0]
+    for leaf in sorted(module.names):
+        if module.info(leaf).shape[:1] != (count,):
+            raise module.fail(f"{weight} is of {count} experts, {leaf[:200]} is {describe(module.info(leaf))}")
+    if count < 1:
+        raise module.fail(f"{weight} is of {count} experts")
+    first = plan(_Expert(module, 0, {}))
+    if len(first.shape) != 2:
+        raise module.fail(f"{weight} is {describe(module.info(weight))}")
+
+    def read() -> ExpertsRecord:
+        held: dict[str, Tensor] = {}
+
+        def weights() -> Iterator[QuantizedWeight]:
+            for index in range(count):
+                record = plan(_Expert(module, index, held)).read()
+                assert isinstance(record, LinearRecord)
+                for beside in ("bias", "input_scale", "input_zero", "input_pre_scale"):
+                    if getattr(record, beside) is not None:
+                        raise module.fail(f"has {beside} of each expert, which experts in one weight do not take")
+                yield record.weight
+
+        return ExpertsRecord(ExpertWeights.stack(weights(), count))
+
+    nbytes = sum(module.source.tensors[name].nbytes for name in first.sources)
+    return PlannedLinear((count, *first.shape), f"{first.about}, {count} experts", first.sources, nbytes, read)

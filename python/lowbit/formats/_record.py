@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ArtifactError
+from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.formats._source import Source, natural
 from lowbit.linear import QuantizedLinear
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["LinearRecord", "Plan", "PlannedLinear", "PlannedTensor", "plain_tensors"]
+__all__ = ["ExpertsRecord", "LinearRecord", "Plan", "PlannedLinear", "PlannedTensor", "plain_tensors"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,23 +63,47 @@ class LinearRecord:
         )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertsRecord:
+    """The weights of a mixture's experts, where a checkpoint keeps them in one tensor.
+
+    Args:
+        weight: W[E, N, K], canonical.
+
+    Example:
+        >>> for weight in record.weight:  # a QuantizedWeight for each expert
+        ...     engine.add_expert(weight.pack(), weight.scheme)
+    """
+
+    weight: ExpertWeights
+
+    def experts(self, *, batch_invariant: bool = False) -> QuantizedExperts:
+        """The layer as a module, ready to run.
+
+        Example:
+            >>> record.experts()(x, counts).shape
+            torch.Size([8, 64])
+        """
+        return QuantizedExperts.from_weight(self.weight, batch_invariant=batch_invariant)
+
+
 @dataclasses.dataclass(frozen=True)
 class PlannedLinear:
     """A quantized layer that has not been read yet.
 
     Args:
-        shape: (N, K).
+        shape: (N, K), or (E, N, K) of the experts in one tensor.
         about: how it is stored, for people: "int4, groups of 128, act-order".
         sources: names of the tensors it is made of.
         nbytes: their bytes in the file.
         read: gives the record; may raise ValueError, which `Plan.read` turns into an ArtifactError with the layer's name.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     about: str
     sources: tuple[str, ...]
     nbytes: int
-    read: Callable[[], LinearRecord] = dataclasses.field(repr=False, compare=False)
+    read: Callable[[], LinearRecord | ExpertsRecord] = dataclasses.field(repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +154,16 @@ class Plan:
         if both := sorted(self.layers.keys() & self.tensors.keys()):
             raise ArtifactError(f"{where}: {both[0][:200]!r} is the name of a tensor and of a layer")
 
+    def fail(self, message: str) -> ArtifactError:
+        """An error about this checkpoint; raise it."""
+        return ArtifactError(f"{self.where}: {message[:1000]}")
+
     @property
     def names(self) -> list[str]:
         """Of layers and tensors, in natural order."""
         return sorted((*self.layers, *self.tensors), key=natural)
 
-    def read(self, name: str) -> LinearRecord | Tensor:
+    def read(self, name: str) -> LinearRecord | ExpertsRecord | Tensor:
         """A layer's record or a plain tensor; KeyError when there is none of that name.
 
         Raises:
@@ -148,7 +177,7 @@ class Plan:
                 raise
             raise ArtifactError(f"{self.where}: {name[:200]}: {error}") from None
 
-    def __iter__(self) -> Iterator[tuple[str, LinearRecord | Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, LinearRecord | ExpertsRecord | Tensor]]:
         for name in self.names:
             yield name, self.read(name)
 

@@ -13,6 +13,7 @@ another layout for 3, 5 and 6 bits; before 0.9.4 zero points were not packed.
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import torch
@@ -25,7 +26,7 @@ from lowbit.formats._ct_config import Group, Targets, read_config
 from lowbit.formats._float8 import FP8, check_float8, read_float8
 from lowbit.formats._format import Format
 from lowbit.formats._inputs import Inputs
-from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules
+from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules, plan_experts
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings
 from lowbit.formats._source import Source
@@ -67,7 +68,9 @@ def _plan(source: Source, settings: list[Settings]) -> Plan:
     kinds: dict[str, None] = {}  # what groups are in use, in order
     for module in modules(source, "weight_packed", "weight_scale"):
         group = _group_of(module, targets)
-        layers[module.path] = _plan_layer(module, group, targets.version)
+        weight = "weight_packed" if "weight_packed" in module else "weight"
+        plan = functools.partial(_plan_layer, group=group, version=targets.version)
+        layers[module.path] = plan_experts(module, weight, plan)
         kinds[group.about] = None
     if not layers:
         raise ArtifactError(
@@ -139,9 +142,6 @@ def _perm(module: Module, group_size: int, K: int) -> Tensor | None:
 
 def _plan_int(module: Module, group: Group, inputs: Inputs) -> PlannedLinear:
     """Codes of any width, each in a byte of its own."""
-    info = module.info("weight")
-    if len(info.shape) == 3:
-        raise module.fail(f"weight is {describe(info)}: expert tensors with three dimensions are not read yet")
     N, K = module.check("weight", (torch.int8,), None).shape
     module.positive(N, K)
     group_size, G = _groups(module, group, K)
@@ -186,8 +186,6 @@ def _zeros(stored: Tensor, bits: int) -> Tensor:
 def _plan_packed(module: Module, group: Group, inputs: Inputs, version: str) -> PlannedLinear:
     bits = group.bits
     packed = module.info("weight_packed")
-    if len(packed.shape) == 3:
-        raise module.fail(f"weight_packed is {describe(packed)}: expert tensors with three dimensions are not read yet")
     module.check("weight_packed", (torch.int32,), None)
     module.check("weight_shape", (torch.int64, torch.int32), (2,))
     N, K = (int(size) for size in module.read("weight_shape").tolist())

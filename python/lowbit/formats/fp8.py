@@ -3,6 +3,7 @@
     weight             float8_e4m3fn [N, K]
     weight_scale_inv   [ceil(N/128), ceil(K/128)], fp32 or E8M0; despite its name it is multiplied by
     weight_scale       one scale (vLLM), or one per row
+    gate_up_proj, gate_up_proj_scale_inv, down_proj, ...     of a mixture's experts, with a leading dimension for them
     input_scale, activation_scale      one number, where activation_scheme is "static"
 
 Blocks go with inputs in groups of 1 x 128, anything else with one scale per token.
@@ -10,13 +11,15 @@ Blocks go with inputs in groups of 1 x 128, anything else with one scale per tok
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Final
 
 from lowbit.errors import ArtifactError
 from lowbit.formats._float8 import FP8, check_float8, read_float8
 from lowbit.formats._format import Format
 from lowbit.formats._inputs import Inputs
-from lowbit.formats._module import Module, modules
+from lowbit.formats._module import Module, modules, plan_experts
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings, agreed
 from lowbit.formats._source import Source
@@ -24,6 +27,7 @@ from lowbit.formats._source import Source
 __all__ = ["FORMAT"]
 
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
+_PROJECTIONS: Final = ("gate_up_proj", "up_proj", "down_proj")
 _KEYS: Final = ("quant_method", "activation_scheme", "weight_block_size", "fmt", "scale_fmt")
 
 
@@ -32,7 +36,7 @@ def _by_config(settings: Settings) -> str | None:
 
 
 def _by_tensors(source: Source) -> str | None:
-    found = (module.scaled_weight(FP8, *_SCALES) for module in modules(source, *_SCALES))
+    found = (module.scaled_weight(FP8, *_SCALES) for module in (*modules(source, *_SCALES), *_experts(source)))
     return next(filter(None, found), None)
 
 
@@ -48,12 +52,22 @@ def _plan(source: Source, settings: list[Settings]) -> Plan:
         raise config.fail("activation_scheme", "dynamic where weight_block_size is set")
     activation = "fp8_static" if scheme == "static" else "fp8_g128" if block else "fp8"
     layers: dict[str, PlannedLinear] = {}
-    for module in modules(source, *_SCALES):
-        layers[module.path] = _plan_layer(module, block, activation)
+    plan = functools.partial(_plan_layer, block=block, activation=activation)
+    for module in (*modules(source, *_SCALES), *_experts(source)):
+        layers[module.path] = plan_experts(module, "weight", plan)
     if not layers:
         raise ArtifactError(f"{config.where}: says fp8, but no layer of {source.path} has a weight_scale")
     variant = ("blocks of 128 x 128" if block else "one scale") + f", inputs {activation}"
     return Plan(str(source.path), FORMAT.name, variant, layers, plain_tensors(source, layers.values()))
+
+
+def _experts(source: Source) -> Iterator[Module]:
+    """What Transformers keeps of experts in one tensor: "...experts.down_proj" and "...experts.down_proj_scale_inv"."""
+    for module in modules(source, *(f"{name}_scale_inv" for name in _PROJECTIONS)):
+        for name in _PROJECTIONS:
+            if name in module and f"{name}_scale_inv" in module:
+                full = module.names[name]
+                yield Module(source, full, {"weight": full, "weight_scale_inv": f"{full}_scale_inv"})
 
 
 def _block(config: Settings) -> bool:

@@ -10,6 +10,7 @@ holds them exactly. Embeddings are quantized like linear layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lowbit.errors import ArtifactError
 from lowbit.formats._format import Format
-from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules, scale_name
+from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules, plan_experts, scale_name
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings, agreed
 from lowbit.formats._source import Source
@@ -107,7 +108,8 @@ def _plan(source: Source, settings: list[Settings]) -> Plan:
     for module in modules(source, "scales", "biases"):
         if not _is_layer(module):
             raise module.fail(f"has {', '.join(sorted(module.names))[:200]}, which is not a quantized layer of MLX")
-        layers[module.path] = _planned(module, _setting(config, module.path))
+        plan = functools.partial(_planned, setting=_setting(config, module.path))
+        layers[module.path] = plan_experts(module, "weight", plan)
     for key, value in config.values.items():
         if isinstance(value, dict) and key not in layers:
             raise ArtifactError(f"{config.where}: has a layer {key[:200]!r}, which is not among the tensors")
@@ -133,8 +135,6 @@ def _setting(config: Settings, path: str) -> _Setting:
 
 def _planned(module: Module, setting: _Setting) -> PlannedLinear:
     weight = module.info("weight")
-    if len(weight.shape) == 3:
-        raise module.fail(f"weight is {describe(weight)}: experts in one tensor are not read yet")
     module.check("weight", (torch.uint32,), None)
     N, words = weight.shape
     K = words * 32 // setting.bits

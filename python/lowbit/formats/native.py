@@ -2,7 +2,7 @@
 
     weight_packed, weight_scales, weight_zeros or weight_offsets, weight_perm      the canonical tensors
     weight_scheme                           uint8, the scheme's string
-    weight_shape                            int64 [2]: N, K
+    weight_shape                            int64 [2]: N, K; or [3]: E, N, K of experts, whose tensors are stacked
     bias                                    [N]
     input_scale, input_zero                 fp32 [1] and int32 [1], of schemes with static activations
     input_pre_scale                         fp32 [K]
@@ -16,11 +16,12 @@ from typing import Final
 
 import torch
 
-from lowbit._canonical import canonical_tensors, check_shape
+from lowbit._canonical import check_shape, stored_tensors
 from lowbit.errors import ArtifactError
+from lowbit.experts import ExpertWeights
 from lowbit.formats._format import Format
 from lowbit.formats._module import Module, describe, modules
-from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
+from lowbit.formats._record import ExpertsRecord, LinearRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings
 from lowbit.formats._source import Source
 from lowbit.scheme import Scheme
@@ -32,7 +33,7 @@ __all__ = ["FORMAT", "METHOD", "VERSION"]
 METHOD: Final = "lowbit"
 VERSION: Final = 1
 _LONGEST: Final = 200  # bytes of a scheme's string
-_LARGEST: Final = 1 << 31  # products of N and K are computed before they are compared with what is stored
+_LARGEST: Final = 1 << 31  # products of E, N and K are computed before they are compared with what is stored
 
 
 def _by_config(settings: Settings) -> str | None:
@@ -72,30 +73,33 @@ def _scheme(module: Module) -> Scheme:
         raise module.fail(f"weight_scheme: {error}") from None
 
 
-def _wanted(module: Module, scheme: Scheme) -> tuple[int, int, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """N, K and the canonical tensors that scheme and shape ask for."""
-    module.check("weight_shape", (torch.int64,), (2,))
-    N, K = module.read("weight_shape").tolist()
-    if max(N, K) >= _LARGEST:
-        raise module.fail(f"weight_shape is [{N}, {K}]")
+def _wanted(module: Module, scheme: Scheme) -> tuple[tuple[int, ...], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """The shape, and the canonical tensors that scheme and shape ask for."""
+    module.check("weight_shape", (torch.int64,), (2,), (3,))
+    shape = tuple(module.read("weight_shape").tolist())
+    if max(shape) >= _LARGEST or shape[0] < 1:
+        raise module.fail(f"weight_shape is {list(shape)}")
     try:
-        check_shape(scheme, (N, K))
+        check_shape(scheme, shape[-2:])
     except ValueError as error:
         raise module.fail(f"weight_shape: {error}") from None
-    return N, K, canonical_tensors(scheme, N, K, "weight_perm" in module)
+    return shape, stored_tensors(scheme, shape, "weight_perm" in module)
 
 
 def _plan_layer(module: Module, scheme: Scheme) -> PlannedLinear:
-    N, K, wanted = _wanted(module, scheme)
-    for part, (dtype, shape) in wanted.items():
-        module.check(f"weight_{part}", (dtype,), shape)
+    shape, wanted = _wanted(module, scheme)
+    for part, (dtype, want) in wanted.items():
+        module.check(f"weight_{part}", (dtype,), want)
+    if len(shape) == 3:
+        return _plan_experts(module, scheme, shape, tuple(wanted))
+    N, K = shape
     inputs = {"input_pre_scale": (torch.float32, (K,))} if "input_pre_scale" in module else {}
     if scheme.activation_static:
         inputs["input_scale"] = (torch.float32, (1,))
         if not scheme.activation_symmetric:
             inputs["input_zero"] = (torch.int32, (1,))
-    for leaf, (dtype, shape) in inputs.items():
-        module.check(leaf, (dtype,), shape)
+    for leaf, (dtype, want) in inputs.items():
+        module.check(leaf, (dtype,), want)
     module.check_bias(N)
     leaves = (*(f"weight_{part}" for part in wanted), "weight_scheme", "weight_shape", "bias", *inputs)
     module.only(leaves)
@@ -106,6 +110,19 @@ def _plan_layer(module: Module, scheme: Scheme) -> PlannedLinear:
         return LinearRecord(weight, module.bias(), **{leaf: module.read(leaf) for leaf in inputs})
 
     return module.planned((N, K), str(scheme), leaves, read)
+
+
+def _plan_experts(module: Module, scheme: Scheme, shape: tuple[int, ...], parts: tuple[str, ...]) -> PlannedLinear:
+    if scheme.activation_static:
+        raise module.fail(f"experts of scheme {scheme}, whose input scales would be static")
+    leaves = (*(f"weight_{part}" for part in parts), "weight_scheme", "weight_shape")
+    module.only(leaves)
+
+    def read() -> ExpertsRecord:
+        tensors = {part: module.read(f"weight_{part}") for part in parts}
+        return ExpertsRecord(ExpertWeights.from_tensors(tensors, scheme, shape))
+
+    return module.planned(shape, f"{scheme}, {shape[0]} experts", leaves, read)
 
 
 FORMAT: Final = Format(

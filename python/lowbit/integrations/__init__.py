@@ -18,6 +18,10 @@ def announce(model: nn.Module) -> None:
 
     Called by `quantize_`, `load_quantized` and `load_checkpoint`; does nothing to any other module.
     """
+    if "transformers.integrations.moe" in sys.modules:
+        from lowbit.integrations._experts import switch
+
+        switch(model)
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, getattr(modeling, "PreTrainedModel", ())):
         return

@@ -21,15 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import convert
+from lowbit._packed import PackedModule
+from lowbit._places import ExpertsParameter, experts_at, features, replace_module
 from lowbit.errors import ArtifactError
+from lowbit.experts import QuantizedExperts
+from lowbit.formats._experts import join, known_groups
 from lowbit.formats._load import _linear_shape
-from lowbit.formats._record import LinearRecord
+from lowbit.formats._record import ExpertsRecord, LinearRecord
 from lowbit.formats._registry import open_plan
 from lowbit.linear import QuantizedLinear
 from lowbit.report import LayerReport, QuantizeReport
 from lowbit.scheme import Scheme
 
-__all__ = ["Checkpoint", "Dense", "PendingLinear", "dequantized_linear"]
+__all__ = ["Checkpoint", "Dense", "PendingLinear", "dequantize_experts", "dequantized_linear"]
 
 #: What a tensor that a layer is made of is renamed to, where Transformers has nothing to do with it.
 _TAKEN: Final = "lowbit-source:"
@@ -40,7 +44,7 @@ _LARGE: Final = frozenset({"weight", "qweight", "weight_packed", "B"})
 class PendingLinear(nn.Module):
     """Stands where a QuantizedLinear will be: as large, with a place for the bias, and nothing called weight."""
 
-    def __init__(self, linear: nn.Module, nbytes: int) -> None:
+    def __init__(self, linear: nn.Module | None, *nbytes: int) -> None:
         super().__init__()
         self.lowbit_weight = nn.Parameter(torch.empty(nbytes, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = getattr(linear, "bias", None)
@@ -70,13 +74,12 @@ class _Work:
         self.device_map: Mapping[str, Any] = {}
         self.failure: Exception | None = None
         self._paths = convert._paths(model)
-        self._raw: list[QuantizedLinear] = []
+        self._raw: list[PackedModule] = []
 
-    def place(self, path: str, old: nn.Module, new: QuantizedLinear) -> dict[str, Tensor]:
+    def place(self, path: str, old: object, new: PackedModule) -> dict[str, Tensor]:
         """Put a layer into the model; gives what Transformers shall store in it, or offload."""
-        new.train(old.training)
         for alias in self._paths.get(id(old), [path]):
-            convert.replace_module(self.model, alias, new)
+            replace_module(self.model, alias, new)
         new._is_hf_initialized = True  # type: ignore[assignment]
         stored = self.device(path, stored=True)
         mine = {name: p.detach() for name, p in new._parameters.items() if p is not None and name != "bias"}
@@ -150,15 +153,21 @@ class Dense(_Work):
         self._leave_tied(overrides)
         if not self._plan.schemes:
             raise ValueError(f"{type(model).__name__} has no linear layer (nn.Linear) that LowbitConfig would quantize")
-        modules = dict(model.named_modules())
+        self._targets = convert._targets(model, self._plan)
         for path, wanted in self._plan.schemes.items():
+            target = self._targets[path]
             try:
-                wanted.check_shape(modules[path].out_features, modules[path].in_features)
+                wanted.check_shape(*target.weight.shape[-2:])
                 if wanted.activation_static:
                     raise ValueError(f"scheme {wanted} needs calibrated input scales")
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-        self.names = {f"{path}.weight": wanted for path, wanted in self._plan.schemes.items()}
+        # The Parameter's name -> the layer's.
+        self.paths = {
+            path if isinstance(target, ExpertsParameter) else f"{path}.weight": path
+            for path, target in self._targets.items()
+        }
+        self.names = {name: self._plan.schemes[path] for name, path in self.paths.items()}
         self._reports: dict[str, LayerReport] = {}
         self._before = convert._nbytes(model)
         self._warn_of_experts()
@@ -177,16 +186,18 @@ class Dense(_Work):
     def _warn_of_experts(self) -> None:
         """Parameters that hold a weight per expert are most of such a model, and no nn.Linear."""
         experts = [
-            (f"{path}.{name}", p)
+            (full, p)
             for path, module in self.model.named_modules()
             for name, p in module.named_parameters(recurse=False)
             if p.dim() == 3 and p.is_floating_point() and not type(module).__module__.startswith("torch.")
-        ]
+            and (full := f"{path}.{name}") not in self.names
+            and not any(self._plan.reasons.get(known, ("", False))[1] for known in (full, path))
+        ]  # fmt: skip
         if experts:
             nbytes = sum(p.nbytes for _, p in experts)
             warnings.warn(
-                f"{len(experts)} tensors of 3 dimensions ({experts[0][0]}, ...; {nbytes / 1e9:.2g} GB) are no linear "
-                "layers and are not quantized",
+                f"{len(experts)} tensors of 3 dimensions ({experts[0][0]}, ...; {nbytes / 1e9:.2g} GB) are no weights of "
+                "experts by Transformers' use_experts_implementation, and are not quantized",
                 stacklevel=2,
             )
 
@@ -198,19 +209,21 @@ class Dense(_Work):
 
     def quantized(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Replace the layer that `name` is the weight of."""
-        path = name.removesuffix(".weight")
-        linear = self.model.get_submodule(path)
-        linear.weight = nn.Parameter(weight.to(self.device(path)), requires_grad=False)
-        new, self._reports[path] = convert._convert(path, linear, self.names[name], None)
-        return self.place(path, linear, new)
+        path = self.paths[name]
+        target = self._targets.pop(path)
+        holder, leaf = (target.owner, target.name) if isinstance(target, ExpertsParameter) else (target, "weight")
+        holder._parameters[leaf] = nn.Parameter(weight.to(self.device(path)), requires_grad=False)
+        new, self._reports[path] = convert._convert(path, target, self.names[name], None)
+        return self.place(path, target, new)
 
     def finish(self) -> QuantizeReport:
         """Quantize also what was not in the checkpoint and has been initialised, and report."""
         super().finish()
-        for path in self._plan.schemes:
+        for name, path in self.paths.items():
             if path not in self._reports:
-                weight = self.model.get_submodule(path).weight
-                self.quantized(f"{path}.weight", weight.detach())
+                target = self._targets[path]
+                dense = target.parameter if isinstance(target, ExpertsParameter) else target.weight
+                self.quantized(name, dense.detach())
         layers = tuple(self._reports[path] for path in self._plan.schemes)
         skipped = tuple(convert._skipped(self.model, self._plan))
         return QuantizeReport(layers, skipped, self._before, convert._nbytes(self.model))
@@ -225,11 +238,13 @@ class _Place:
 
     name: str
     path: str
-    module: nn.Module
+    module: nn.Module | ExpertsParameter
 
     @property
     def key(self) -> str:
         """The parameter that Transformers believes it loads."""
+        if isinstance(self.module, ExpertsParameter):
+            return f"{self.path}.lowbit_weight"
         return f"{self.path}.weight" if isinstance(self.module, nn.Embedding) else f"{self.path}.lowbit_weight"
 
 
@@ -269,8 +284,9 @@ class Checkpoint(_Work):
 
         names = Names(self.model, known)
         routes: dict[str, str | None] = {}
+        joined = self._join_experts(names)
         for layer in self.plan.layers:
-            place = self._place_of(layer, names)
+            place = self._place_of(layer, names, layer in joined)
             if place is not None:
                 self._places[place.key] = place
                 routes |= self._routes(place, names)
@@ -286,25 +302,41 @@ class Checkpoint(_Work):
         self.model._keys_to_ignore_on_load_unexpected = _Patterns(ignored | {f"^{_TAKEN}"})
         return [converter(self, routes)]
 
-    def _place_of(self, layer: str, names: Any) -> _Place | None:
+    def _join_experts(self, names: Any) -> set[str]:
+        """Join the experts' layers that Transformers keeps in one Parameter; gives the names of the joined ones."""
+        groups: dict[str, list[list[str]]] = {}
+        for layer, planned in self.plan.layers.items():
+            if len(planned.shape) == 2 and (found := names.merged(f"{layer}.weight")) is not None:
+                target, part, count = found
+                groups.setdefault(target, [[] for _ in range(count)])[part].append(layer)
+        joined = {layer: names.final(layer) for layer, planned in self.plan.layers.items() if len(planned.shape) == 3}
+        back = {new: layer for layer, new in joined.items()}
+        for target, parts in known_groups(back, lambda path: experts_at(self.model, path) is not None).items():
+            groups.setdefault(target, [[back[name] for name in part] for part in parts])
+        self.plan = join(self.plan, groups)
+        return set(groups)
+
+    def _place_of(self, layer: str, names: Any, joined: bool) -> _Place | None:
         planned = self.plan.layers[layer]
         where = f"{self.plan.where}: layer {layer!r}"
-        if (operations := names.changed_by(f"{layer}.weight")) is not None:
+        experts = len(planned.shape) == 3
+        if not experts and (operations := names.changed_by(f"{layer}.weight")) is not None:
             raise ArtifactError(
                 f"{where}: Transformers keeps it in another form ({operations}), which is not possible with a quantized "
-                "weight; experts in one tensor are not supported yet"
+                "weight"
             )
-        path = names.final(f"{layer}.weight").removesuffix(".weight")
-        try:
-            module = self.model.get_submodule(path)
-        except AttributeError:
-            return None  # Transformers reports its tensors as unexpected
-        shape = _linear_shape(module)
+        path = layer if joined else names.final(layer if experts else f"{layer}.weight").removesuffix(".weight")
+        module: nn.Module | ExpertsParameter | None = experts_at(self.model, path) if experts else None
+        if module is None:
+            try:
+                module = self.model.get_submodule(path)
+            except AttributeError:
+                return None  # Transformers reports its tensors as unexpected
+        shape = module.shape if isinstance(module, ExpertsParameter) else _linear_shape(module)
         if shape is None:
             raise ArtifactError(f"{where} is quantized, the model has a {type(module).__name__} there")
         if shape != planned.shape:
-            (N, K), (n, k) = planned.shape, shape
-            raise ArtifactError(f"{where} is N={N}, K={K}, the model's is N={n}, K={k}")
+            raise ArtifactError(f"{where} is {features(planned.shape)}, the model's is {features(shape)}")
         return _Place(layer, path, module)
 
     def _routes(self, place: _Place, names: Any) -> dict[str, str | None]:
@@ -328,6 +360,10 @@ class Checkpoint(_Work):
     def _reserve(self, place: _Place) -> None:
         if isinstance(place.module, nn.Embedding):
             return
+        if isinstance(place.module, ExpertsParameter):
+            E = self.plan.layers[place.name].shape[0]
+            replace_module(self.model, place.path, PendingLinear(None, E, self.plan.layers[place.name].nbytes // E))
+            return
         ties = getattr(self.model, "all_tied_weights_keys", {})
         if f"{place.path}.weight" in ties.values():
             raise ArtifactError(
@@ -338,7 +374,7 @@ class Checkpoint(_Work):
         paths = self._paths.pop(id(place.module), [place.path])
         self._paths[id(pending)] = paths
         for path in paths:
-            convert.replace_module(self.model, path, pending)
+            replace_module(self.model, path, pending)
 
     def layer(self, key: str, missing: set[str] | None) -> dict[str, Tensor]:
         """Read the layer that a parameter stands for."""
@@ -347,6 +383,9 @@ class Checkpoint(_Work):
         if missing is not None:
             missing.discard(key)
         record = self.plan.read(place.name)
+        if isinstance(record, ExpertsRecord):
+            experts = ExpertsRecord(record.weight.to(self.device(place.path))).experts()
+            return self.place(place.path, place.module, experts.train(self.model.training))
         assert isinstance(record, LinearRecord)
         if isinstance(place.module, nn.Embedding):
             device = self.device(place.path, stored=True)
@@ -357,7 +396,7 @@ class Checkpoint(_Work):
             raise ArtifactError(f"{self.plan.where}: layer {place.name!r} has a bias, the model's has none")
         device = self.device(place.path)
         record = dataclasses.replace(record, weight=record.weight.to(device), bias=pending.bias)
-        return self.place(place.path, pending, record.linear())
+        return self.place(place.path, pending, record.linear().train(pending.training))
 
     def finish(self) -> None:
         """Close the files and see that nothing was left out."""
@@ -370,6 +409,17 @@ class Checkpoint(_Work):
         super().finish()
         if left := [place.name for key, place in self._places.items() if key not in self._read]:
             raise ArtifactError(f"{self.plan.where}: Transformers did not ask for {', '.join(left[:5])}")
+
+
+def dequantize_experts(model: nn.Module, path: str, layer: QuantizedExperts, dtype: torch.dtype) -> None:
+    """Put the Parameter that a QuantizedExperts stands for back into the model."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    dense = layer.quantized_weight().dequantize(dtype)
+    if getattr(owner, "is_transposed", False):
+        dense = dense.transpose(1, 2).contiguous()
+    del owner._modules[name]
+    owner.register_parameter(name, nn.Parameter(dense, requires_grad=False))
 
 
 def dequantized_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:

@@ -11,7 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lowbit.integrations._layers import _TAKEN, Checkpoint, Dense
 
-__all__ = ["Names", "Quantize", "converter", "is_ours"]
+__all__ = ["Names", "Quantize", "converter", "is_ours", "without_conversions"]
 
 # One pattern, which no name of a tensor matches: which tensors are meant is looked up in a dict.
 _PATTERN: Final = "lowbit-layer"
@@ -90,6 +90,31 @@ def is_ours(conversion: Any) -> bool:
     return isinstance(conversion, _LayerConverter)
 
 
+def without_conversions(model: Any, paths: Sequence[str]) -> list[Any]:
+    """The conversions that save_pretrained reverts, without those that take apart what is at `paths`.
+
+    The reverse of a conversion splits a Parameter of experts into the tensors that the hub's checkpoints have; quantized
+    experts are saved as they are in memory, and loaded as that.
+    """
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:  # as save_pretrained finds them for a model that was not loaded
+        used = [
+            entry
+            for entry in get_model_conversion_mapping(model, add_legacy=False)
+            if type(entry).__name__ != "PrefixChange"
+        ]
+
+    def takes(entry: Any) -> bool:
+        if not isinstance(entry, _core.WeightConverter):
+            return False
+        back = copy.deepcopy(entry)
+        back.quantization_operation = None
+        back = back.reverse_transform()
+        return any(back.rename_source_key(f"{path}.weight_packed")[1] is not None for path in paths)
+
+    return [entry for entry in used if not takes(entry)]
+
+
 class Names:
     """What Transformers makes of a checkpoint's names.
 
@@ -113,6 +138,20 @@ class Names:
     def final(self, name: str) -> str:
         """The parameter that a tensor of this name belongs to."""
         return str(_core.rename_source_key(name, self._renamings, [], self._prefix, self._state)[0])
+
+    def merged(self, name: str) -> tuple[str, int, int] | None:
+        """Where Transformers stacks a tensor of each expert: the Parameter, which part along N, and of how many; or None."""
+        renamed = self.renamed(name)
+        for entry in self._converters:
+            target, pattern = entry.rename_source_key(renamed)
+            if pattern is None:
+                continue
+            kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in entry.operations]
+            if kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+                full = str(_core.rename_source_key(target, [], [], self._prefix, self._state)[0])
+                return full, entry.source_patterns.index(pattern), len(entry.source_patterns)
+            return None
+        return None
 
     def changed_by(self, name: str) -> str | None:
         """The operations that Transformers puts a tensor through, or None where it is loaded as it is."""

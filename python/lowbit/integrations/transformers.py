@@ -22,9 +22,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lowbit.convert import replace_module
+from lowbit._places import replace_module
+from lowbit.experts import QuantizedExperts
 from lowbit.formats.native import METHOD, VERSION
-from lowbit.integrations._layers import Checkpoint, Dense, dequantized_linear
+from lowbit.integrations._experts import restore, switch
+from lowbit.integrations._layers import Checkpoint, Dense, dequantize_experts, dequantized_linear
 from lowbit.linear import QuantizedLinear
 from lowbit.report import QuantizeReport
 from lowbit.scheme import Scheme
@@ -211,12 +213,18 @@ class LowbitQuantizer(HfQuantizer):
             with _onloaded(module):
                 tensors = module._canonical()
             state.update({f"{path}.weight_{part}": tensor for part, tensor in tensors.items()})
-            state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features], device="cpu")
+            state[f"{path}.weight_shape"] = torch.tensor(module._shape, device="cpu")
         return state, {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # A string is what the config of a model has that was not loaded.
+        to: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        restore(model)
         for path, module in list(_quantized(model)):
-            replace_module(model, path, dequantized_linear(module, dtype or torch.float32))
+            if isinstance(module, QuantizedExperts):
+                dequantize_experts(model, path, module, to)
+            else:
+                replace_module(model, path, dequantized_linear(module, to))
         return model
 
     def is_serializable(self) -> bool:
@@ -252,15 +260,21 @@ def _describe(model: Any, quantizer: LowbitQuantizer) -> None:
     config.from_checkpoint = False
     config.layers = {path: str(module.scheme) for path, module in _quantized(model)}
     model.config.quantization_config = config
+    switch(model)
+    experts = [path for path, module in _quantized(model) if isinstance(module, QuantizedExperts)]
+    if experts:
+        from lowbit.integrations._operations import without_conversions
+
+        model._weight_conversions = without_conversions(model, experts)
 
 
-def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear | QuantizedExperts]]:
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | QuantizedExperts):
             yield path, module
 
 
-def _onloaded(module: QuantizedLinear) -> contextlib.AbstractContextManager[None]:
+def _onloaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """With the weight in memory, where accelerate keeps it elsewhere."""
     if not module.weight.is_meta or not hasattr(module, "_hf_hook"):
         return contextlib.nullcontext()

@@ -1,0 +1,102 @@
+"""Where in a model a quantized layer can stand: nn.Linear, and Parameters that hold a weight for every expert."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ExpertsParameter", "experts_at", "experts_parameters", "features", "replace_module"]
+
+# What Transformers calls the weights of experts, in the order that they are applied.
+_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsParameter:
+    """A Parameter [E, N, K], or [E, K, N] where the model multiplies by it from the right.
+
+    Args:
+        owner: the module that it is a Parameter of.
+        name: in that module.
+        transposed: whether it is [E, K, N].
+    """
+
+    owner: nn.Module
+    name: str
+    transposed: bool
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter itself."""
+        found = self.owner._parameters[self.name]
+        assert found is not None
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        """W[E, N, K], a view."""
+        dense = self.parameter.detach()
+        return dense.transpose(1, 2) if self.transposed else dense
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K)."""
+        E, N, K = self.weight.shape
+        return E, N, K
+
+    def stand_in(self) -> nn.Linear:
+        """An nn.Linear without values that has the features of one expert, for whoever asks about layers."""
+        _, N, K = self.shape
+        with torch.device("meta"):
+            return nn.Linear(K, N, bias=False)
+
+
+def experts_parameters(model: nn.Module) -> dict[str, ExpertsParameter]:
+    """Path ("model.layers.0.mlp.experts.gate_up_proj") -> the weights of experts that Transformers keeps there.
+
+    Known by what its decorator `use_experts_implementation` gives to a class: how the Parameters are multiplied by is not
+    written in their shapes.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        for name in _PROJECTIONS:
+            if (one := _experts(module, name)) is not None:
+                found[f"{path}.{name}" if path else name] = one
+    return found
+
+
+def experts_at(model: nn.Module, path: str) -> ExpertsParameter | None:
+    """The weights of experts at a path, or None."""
+    parent, _, name = path.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    return _experts(module, name) if name in _PROJECTIONS else None
+
+
+def _experts(module: nn.Module, name: str) -> ExpertsParameter | None:
+    parameter = module._parameters.get(name)
+    if parameter is None or parameter.dim() != 3 or not hasattr(type(module), "_apply_gate"):
+        return None
+    transposed = getattr(module, "is_transposed", None)
+    return ExpertsParameter(module, name, transposed) if isinstance(transposed, bool) else None
+
+
+def features(shape: tuple[int, ...]) -> str:
+    """A weight's shape, for messages."""
+    return ", ".join(f"{name}={size}" for name, size in zip("ENK"[-len(shape) :], shape, strict=True))
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` at `path`, where there is a module or a Parameter."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # In eval mode it hands the dense weights of its layers to one fused kernel. Zero means "an activation that this
+        # kernel does not know", so that forward takes the ordinary path.
+        parent.activation_relu_or_gelu = 0
+    parent._parameters.pop(name, None)
+    parent._modules[name] = new

@@ -1,0 +1,122 @@
+"""Checkpoints keep each expert's layers by themselves, models the same layer of all experts in one Parameter: joining them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final
+
+from lowbit.experts import ExpertWeights
+from lowbit.formats._record import ExpertsRecord, LinearRecord, Plan, PlannedLinear
+from lowbit.weight import QuantizedWeight
+
+__all__ = ["Groups", "join", "known_groups"]
+
+#: Name of the joined layer -> for each part along N, the layers of experts 0, 1, ...
+Groups = Mapping[str, Sequence[Sequence[str]]]
+
+# Names of one expert's layers -> what holds them for all experts, and which part along N it is.
+_PARTS: Final = {
+    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0),
+    "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
+}  # fmt: skip
+_EXPERT: Final = re.compile(rf"(.{{1,500}}\.)experts\.([0-9]{{1,6}})\.({'|'.join(_PARTS)})")
+# Where gate and up have a tensor each, of all experts: MLX.
+_SWITCH: Final = re.compile(r"(.{1,500}\.)switch_mlp\.(gate_proj|up_proj|down_proj)")
+
+
+def known_groups(names: Iterable[str], wanted: Callable[[str], bool]) -> dict[str, list[list[str]]]:
+    """The layers "....experts.3.up_proj" (or w1, w2, w3), and "....switch_mlp.up_proj", that a model keeps in one Parameter.
+
+    Args:
+        names: of layers, as the model has them.
+        wanted: whether the model has the weights of experts under a name, in which the parts are joined.
+
+    Returns:
+        Only complete ones: experts 0..E-1, each with every part.
+    """
+    found: dict[str, list[dict[int, str]]] = {}
+    for name in names:
+        if (match := _EXPERT.fullmatch(name)) is not None:
+            prefix, index, leaf = match[1], int(match[2]), match[3]
+        elif (match := _SWITCH.fullmatch(name)) is not None:
+            prefix, index, leaf = match[1], 0, match[2]
+        else:
+            continue
+        target, part = _PARTS[leaf]
+        full = f"{prefix}experts.{target}"
+        if wanted(full):
+            parts = found.setdefault(full, [{}, {}] if target == "gate_up_proj" else [{}])
+            parts[part].setdefault(index, name)
+    return {
+        full: [[part[e] for e in range(len(part))] for part in parts]
+        for full, parts in found.items()
+        if parts[0] and all(part.keys() == set(range(len(parts[0]))) for part in parts)
+    }
+
+
+def join(plan: Plan, groups: Groups) -> Plan:
+    """The plan with the layers of experts joined; they are still read one at a time.
+
+    Raises:
+        ArtifactError: shapes differ between experts, or they are more than weights.
+    """
+    layers = dict(plan.layers)
+    for name, parts in groups.items():
+        members = [[layers.pop(one) for one in part] for part in parts]
+        layers[name] = _joined(plan, name, parts, members)
+    return Plan(plan.where, plan.format, plan.variant, layers, plan.tensors)
+
+
+def _joined(
+    plan: Plan, name: str, parts: Sequence[Sequence[str]], members: Sequence[Sequence[PlannedLinear]]
+) -> PlannedLinear:
+    counts = [_count(part) for part in members]
+    if len(set(counts)) != 1 or counts[0] < 1:
+        raise plan.fail(f"{name}: its parts are of {' and '.join(map(str, counts))} experts")
+    rows, columns = 0, members[0][0].shape[-1]
+    for part in members:
+        for one in part:
+            if one.shape[-2:] != (part[0].shape[-2], columns) or (len(one.shape) == 3 and len(part) > 1):
+                raise plan.fail(f"{name}: its experts are {list(part[0].shape)} and {list(one.shape)}")
+        rows += part[0].shape[-2]
+    sources = tuple(source for part in members for one in part for source in one.sources)
+    nbytes = sum(one.nbytes for part in members for one in part)
+
+    def weights() -> Iterator[QuantizedWeight]:
+        each = [_weights(plan, part, read) for part, read in zip(parts, members, strict=True)]
+        for index, expert in enumerate(zip(*each, strict=True)):
+            try:
+                yield expert[0] if len(expert) == 1 else QuantizedWeight.cat(expert)
+            except ValueError as error:
+                called = ", ".join(part[min(index, len(part) - 1)] for part in parts)
+                raise plan.fail(f"{called}: the model keeps them in one weight, and {error}") from None
+
+    def read() -> ExpertsRecord:
+        return ExpertsRecord(ExpertWeights.stack(weights(), counts[0]))
+
+    return PlannedLinear((counts[0], rows, columns), members[0][0].about, sources, nbytes, read)
+
+
+def _count(part: Sequence[PlannedLinear]) -> int:
+    """Experts of one part: a layer for each, or one for all of them."""
+    return part[0].shape[0] if len(part) == 1 and len(part[0].shape) == 3 else len(part)
+
+
+def _weights(plan: Plan, names: Sequence[str], members: Sequence[PlannedLinear]) -> Iterator[QuantizedWeight]:
+    for name, planned in zip(names, members, strict=True):
+        record = planned.read()
+        if isinstance(record, ExpertsRecord):
+            yield from record.weight
+        else:
+            yield _weight(plan, name, record)
+
+
+def _weight(plan: Plan, name: str, record: object) -> QuantizedWeight:
+    assert isinstance(record, LinearRecord)
+    if record.bias is not None and bool((record.bias != 0).any()):
+        raise plan.fail(f"{name}: has a bias, which the model has no place for beside the weights of experts")
+    for beside in ("input_scale", "input_zero", "input_pre_scale"):
+        if getattr(record, beside) is not None:
+            raise plan.fail(f"{name}: has {beside}, of each expert another; experts in one weight take none")
+    return record.weight
