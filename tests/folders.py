@@ -27,9 +27,14 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.read(name) for name in file}
 
 
-def write_folder(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None) -> Path:
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     folder.mkdir(exist_ok=True)
-    head, placed = plan_file({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    head, placed = plan_file({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
     ordered = sorted(placed, key=lambda name: (placed[name].begin, placed[name].end))
     body = b"".join(bytes(tensor_bytes(tensors[name].contiguous())) for name in ordered)
     (folder / "model.safetensors").write_bytes(head + body)

@@ -10,7 +10,20 @@ from typing import Final
 
 from lowbit import _safetensors
 from lowbit.errors import ArtifactError
-from lowbit.formats import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, mlx, modelopt, native
+from lowbit.formats import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gguf,
+    gptq,
+    hqq,
+    mlx,
+    modelopt,
+    native,
+    quanto,
+    torchao,
+)
 from lowbit.formats._format import Container, Format
 from lowbit.formats._record import Plan
 from lowbit.formats._settings import Settings, quantization_settings
@@ -26,6 +39,9 @@ FORMATS: Final[tuple[Format, ...]] = (
     modelopt.FORMAT,
     bitsandbytes.FORMAT,
     mlx.FORMAT,
+    torchao.FORMAT,
+    hqq.FORMAT,
+    quanto.FORMAT,
     native.FORMAT,
 )
 CONTAINERS: Final[tuple[Container, ...]] = (gguf.CONTAINER,)
