@@ -67,15 +67,15 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None) -> Mo
     """bench/record.py, writing to a folder of the test's, with every measurement a millisecond per row of x."""
     module = load(BENCH / "record.py")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr("lowbit.commands._measure.cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr("lowbit.commands._measure.cache_bytes", lambda *_: 1 << 16)
     monkeypatch.setattr("lowbit.commands._measure.Others.cores", lambda self: 0.0)
     roof = Roofline(1, 1e10, {"float32": 1e11, "bfloat16": 2e11, "int8": 4e11})
-    monkeypatch.setattr(_benchmark, "measure_roofline", lambda threads: dataclasses.replace(roof, threads=threads))
+    monkeypatch.setattr(_benchmark, "measure_roofline", lambda threads, **_: dataclasses.replace(roof, threads=threads))
     monkeypatch.setattr(_benchmark, "interleave", _fake_times)
     return module
 
 
-def _fake_times(calls: dict[str, Any], *rest: object) -> dict[str, Sample]:
+def _fake_times(calls: dict[str, Any], *rest: object, **_: object) -> dict[str, Sample]:
     """torch's dense products take 4 ms, other baselines 3, ours 2; 2.5 when batch-invariant; half of it on two threads."""
     times = {"torch-bf16": 4e-3, "torch-fp32": 4e-3, "torch-int4pack": 3e-3}
     found = {name: times.get(name, 2.5e-3 if "invariant" in name else 2e-3) for name in calls}

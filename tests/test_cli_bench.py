@@ -28,10 +28,10 @@ from lowbit.scheme import PRESETS
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
     """A small cache means few copies; the real roofline takes seconds and has a test of its own."""
-    monkeypatch.setattr(_measure, "cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(_measure, "cache_bytes", lambda *_: 1 << 16)
     monkeypatch.setattr(_benchmark.Others, "cores", lambda self: 0.0)
     peaks = {"float32": 1e11, "bfloat16": 2e11, "int8": 4e11}
-    monkeypatch.setattr(_benchmark, "measure_roofline", lambda threads: Roofline(threads, 1e10, peaks))
+    monkeypatch.setattr(_benchmark, "measure_roofline", lambda threads, **_: Roofline(threads, 1e10, peaks))
 
 
 def bench(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_threads_models_and_dtype(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_benchmark, "interleave", lambda calls, *rest: {name: Sample((1e-3,)) for name in calls})
+    monkeypatch.setattr(_benchmark, "interleave", lambda calls, *rest, **_: {name: Sample((1e-3,)) for name in calls})
     before = torch.get_num_threads()
     result = bench(
         capsys, "--model", "qwen2.5-0.5b", "--shape", "8x8", "--threads", "1,2", "--M", "1", "--dtype", "fp16",
@@ -111,7 +111,7 @@ def test_the_time_budget_names_what_was_left_out(capsys: pytest.CaptureFixture[s
 
 
 def test_ctrl_c_shows_what_was_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(calls: dict[str, Any], *rest: object) -> dict[str, Sample]:
+    def measure(calls: dict[str, Any], *rest: object, **_: object) -> dict[str, Sample]:
         if measured:
             raise KeyboardInterrupt
         measured.append(1)
@@ -281,7 +281,7 @@ def test_peers_import_their_library_only_when_they_take_part() -> None:
 
 
 def test_copies_leave_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_measure, "cache_bytes", lambda: 32 << 20)
+    monkeypatch.setattr(_measure, "cache_bytes", lambda *_: 32 << 20)
     for size in (1, 1 << 20, 9 << 20, 63 << 20, 64 << 20, 1 << 30):
         count = _measure.copies_for(size, warm=False)
         between = (count - 1) * size if count > 1 else size

@@ -180,7 +180,7 @@ def _tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_gemm_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a small layer: every number of the result is in the table, and what was not measured is said."""
     monkeypatch.setattr(demo_minilm, "LLAMA", (Shape(48, 256, "small"),))
-    monkeypatch.setattr(_benchmark, "measure_roofline", lambda threads: Roofline(threads, 1e10, {"float32": 1e12}))
+    monkeypatch.setattr(_benchmark, "measure_roofline", lambda threads, **_: Roofline(threads, 1e10, {"float32": 1e12}))
     out = io.StringIO()
     console = Console(file=out, width=demo_minilm.WIDTH)
     result = demo_minilm._measure_gemm(True, console)

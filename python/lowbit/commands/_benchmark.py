@@ -19,7 +19,7 @@ from lowbit.commands import _peers
 from lowbit.commands._cases import Shape
 from lowbit.commands._contenders import Contender, check_product, make_dequantize, make_scheme
 from lowbit.commands._measure import Call, Others, Roofline, Sample, cache_bytes, interleave, measure_roofline
-from lowbit.commands.info import cpu_name
+from lowbit.commands._target import Target, find_target
 from lowbit.scheme import Scheme
 
 __all__ = ["DTYPES", "Settings", "run_benchmark"]
@@ -48,6 +48,7 @@ class Settings:
         warm: use one copy of each weight, which may stay in cache.
         seconds: for everything; what did not fit is named in the result.
         batch_invariant: every scheme takes part a second time, with that flag.
+        device: "cpu", "cuda" or "mps".
     """
 
     shapes: Sequence[Shape]
@@ -59,6 +60,11 @@ class Settings:
     warm: bool = False
     seconds: float = 60.0
     batch_invariant: bool = False
+    device: str = "cpu"
+
+    @property
+    def target(self) -> Target:
+        return find_target(self.device)
 
 
 def run_benchmark(settings: Settings, say: Say = lambda text: None) -> dict[str, Any]:
@@ -78,10 +84,10 @@ def run_benchmark(settings: Settings, say: Say = lambda text: None) -> dict[str,
     torch.manual_seed(0)
     with _nothing_recorded():
         try:
-            rooflines = _rooflines(settings.threads, say)
+            rooflines = _rooflines(settings, say)
             _run_shapes(settings, rooflines, result, say)
             if not any(entry["why"] == _TIME_UP for entry in result["left_out"]):
-                again = _rooflines(settings.threads, say)
+                again = _rooflines(settings, say)
                 rooflines = {n: roofline.merged(again[n]) for n, roofline in rooflines.items()}
             _finish(result, rooflines)
             result["complete"] = not any(entry["why"] == _TIME_UP for entry in result["left_out"])
@@ -102,16 +108,18 @@ def _nothing_recorded() -> Iterator[None]:
 
 def _about(settings: Settings) -> dict[str, Any]:
     now = datetime.datetime.now(datetime.timezone.utc)
+    target = settings.target
     missing = [{"name": name, "why": why} for name in settings.baselines if (why := _peers.absent(name))]
     return {
         "lowbit": lowbit.__version__,
         "torch": torch.__version__,
         "versions": {"torch": torch.__version__, **_peers.versions(settings.baselines)},
         "absent": missing,
-        "device": cpu_name(),
+        "device": target.what,
+        "device_type": target.name,
         "cores": os.cpu_count(),
-        "isa": _C.isa(),
-        "cache_bytes": cache_bytes(),
+        "isa": _C.isa() if target.name == "cpu" else target.model,
+        "cache_bytes": cache_bytes(target.name),
         "date": now.isoformat(timespec="seconds"),
         "dtype": settings.dtype,
         "weights": "warm" if settings.warm else "cold",
@@ -123,16 +131,17 @@ def _load() -> list[float] | None:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
-def _rooflines(threads: Sequence[int], say: Say) -> dict[int, Roofline]:
+def _rooflines(settings: Settings, say: Say) -> dict[int, Roofline]:
     found = {}
-    for count in threads:
+    for count in settings.threads:
         say(f"roofline of {count} thread{'s' if count > 1 else ''}")
         torch.set_num_threads(count)
-        found[count] = measure_roofline(count)
+        found[count] = measure_roofline(count, target=settings.target)
     return found
 
 
 def _run_shapes(settings: Settings, rooflines: dict[int, Roofline], result: dict[str, Any], say: Say) -> None:
+    target = settings.target
     deadline = time.perf_counter() + settings.seconds
     cells = [(threads, M) for threads in settings.threads for M in settings.Ms]
     to_do = len(cells) * len(settings.shapes)
@@ -155,14 +164,18 @@ def _run_shapes(settings: Settings, rooflines: dict[int, Roofline], result: dict
                 continue
             torch.set_num_threads(threads)
             say(f"{shape}, M={M}, {threads} thread{'s' if threads > 1 else ''}")
-            x = torch.randn(M, shape.K).to(DTYPES[settings.dtype])
+            x = torch.randn(M, shape.K).to(DTYPES[settings.dtype]).to(target.device)
             began = time.perf_counter()
-            checked = _checked(contenders, x, weight, slow[threads], result)
+            checked = _checked(contenders, x, weight, slow[threads], result, target)
             deadline += time.perf_counter() - began
             others = Others()
             calls = {name: call for name, (call, _, _) in checked.items()}
             samples = interleave(
-                calls, left / to_do, {name: took for name, (_, _, took) in checked.items()}, threads > 1
+                calls,
+                left / to_do,
+                {name: took for name, (_, _, took) in checked.items()},
+                threads > 1 and target.wait is None,
+                target=target,
             )
             conditions = _conditions(others.cores(), threads)
             to_do -= 1
@@ -173,7 +186,12 @@ def _run_shapes(settings: Settings, rooflines: dict[int, Roofline], result: dict
 
 
 def _checked(
-    contenders: Sequence[Contender], x: torch.Tensor, weight: torch.Tensor, slow: dict[str, str], result: dict[str, Any]
+    contenders: Sequence[Contender],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    slow: dict[str, str],
+    result: dict[str, Any],
+    target: Target,
 ) -> dict[str, tuple[Call, float, float]]:
     """The calls that compute the product, their errors and the seconds of a first call. Who computes something else, refuses,
     or takes very long (`slow`: and so would with more rows) is named in the result and not timed."""
@@ -183,8 +201,12 @@ def _checked(
             if contender.name in slow:
                 raise RuntimeError(slow[contender.name])
             call = contender.bind(x)
+            if target.wait is not None:
+                call(0)  # compiles, and is not what is timed
+                target.finish()
             began = time.perf_counter()
             returned = call(0)
+            target.finish()
             took = time.perf_counter() - began
             error = check_product(contender, returned, x, weight)
             if took > _PATIENCE_SECONDS:
@@ -207,18 +229,22 @@ def _contenders(settings: Settings, shape: Shape, weight: torch.Tensor, result: 
     dtype, warm = DTYPES[settings.dtype], settings.warm
     makers: list[tuple[str, Callable[[], Contender]]] = []
 
-    def add(name: str, make: Callable[..., Contender], *arguments: Any) -> None:
-        makers.append((name, lambda: make(*arguments, weight, dtype, warm)))
+    target = settings.target
+    ours = functools.partial(make_scheme, target=target)
+    there = weight.to(target.device)
+
+    def add(name: str, make: Callable[..., Contender], *arguments: Any, of: torch.Tensor = weight) -> None:
+        makers.append((name, lambda: make(*arguments, of, dtype, warm)))
 
     for scheme in settings.schemes:
-        add(str(scheme), make_scheme, scheme)
+        add(str(scheme), ours, scheme)
         if settings.batch_invariant:
-            add(f"{scheme} batch-invariant", functools.partial(make_scheme, batch_invariant=True), scheme)
+            add(f"{scheme} batch-invariant", functools.partial(ours, batch_invariant=True), scheme)
         if "dequant" in settings.baselines and scheme.activation is None:
-            add(f"dequant {scheme}", make_dequantize, scheme)
+            add(f"dequant {scheme}", functools.partial(make_dequantize, target=target), scheme)
     for name in settings.baselines:
         if name != "dequant" and _peers.absent(name) is None:
-            add(name, _peers.make_peer, name)
+            add(name, _peers.make_peer, name, of=there)
     found = []
     for name, make in makers:
         try:

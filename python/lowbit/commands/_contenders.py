@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowbit import _C, _selection, ops
-from lowbit._canonical import preferred_layout
 from lowbit.commands._measure import Call, copies_for
+from lowbit.commands._target import Target, find_target
 from lowbit.scheme import Scheme, format_info
 from lowbit.weight import QuantizedWeight
 
@@ -28,7 +28,6 @@ __all__ = [
     "tolerance",
 ]
 
-_CPU = torch.device("cpu")
 # Static scales for normally distributed inputs: five standard deviations are the largest code.
 _STATIC_SCALES = {"int8": 5.0 / 127, "fp8_e4m3": 5.0 / 448}
 
@@ -66,7 +65,7 @@ class Contender:
 
 def copy_tensors(tensors: tuple[Tensor, ...], warm: bool) -> list[tuple[Tensor, ...]]:
     """As many copies as it takes for each to have left the caches when its turn comes again (`warm`: the one)."""
-    count = copies_for(sum(t.nbytes for t in tensors), warm)
+    count = copies_for(sum(t.nbytes for t in tensors), warm, tensors[0].device.type)
     return [tensors] + [tuple(t.clone() for t in tensors) for _ in range(count - 1)]
 
 
@@ -106,7 +105,7 @@ def check_product(contender: Contender, returned: object, x: Tensor, weight: Ten
     Raises:
         Wrong: the shape is not [M, N], or the error is larger than quantizing explains.
     """
-    y = contender.result(returned)
+    y, x = contender.result(returned).cpu(), x.cpu()
     M, N = x.shape[0], weight.shape[0]
     if tuple(y.shape) != (M, N):
         raise Wrong(f"computes something else: a result of shape {list(y.shape)} instead of {[M, N]}")
@@ -125,15 +124,22 @@ def check_product(contender: Contender, returned: object, x: Tensor, weight: Ten
 
 
 def make_scheme(
-    scheme: Scheme, weight: Tensor, dtype: torch.dtype, warm: bool, batch_invariant: bool = False
+    scheme: Scheme,
+    weight: Tensor,
+    dtype: torch.dtype,
+    warm: bool,
+    batch_invariant: bool = False,
+    target: Target | None = None,
 ) -> Contender:
     """lowbit: the op that `QuantizedLinear` calls; for schemes with activations, quantizing the input is included."""
     N, K = weight.shape
+    target = target or find_target("cpu")
     quantized = QuantizedWeight.quantize(weight, dataclasses.replace(scheme, search=False))
-    desc = scheme.desc(preferred_layout(_CPU, scheme))
+    layout = _C.preferred_layout(target.name, scheme.desc())
+    desc = scheme.desc(layout)
     flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
-    copies = copy_tensors((quantized.pack(),), warm)
-    gemm, quantize, gemm_a8 = (getattr(torch.ops.lowbit, n).default for n in ("gemm", "quantize_activation", "gemm_a8"))
+    copies = copy_tensors((quantized.pack(layout).to(target.device),), warm)
+    gemm, quantize, gemm_a8 = (getattr(target.ops, n).default for n in ("gemm", "quantize_activation", "gemm_a8"))
     if scheme.activation is None:
         op, asked = "gemm", str(dtype)
 
@@ -143,7 +149,8 @@ def make_scheme(
         info = format_info(str(scheme.activation_format))
         group, symmetric = scheme.activation_group_size, scheme.activation_symmetric
         op, asked = "gemm_a8", "int8" if info.kind == "int" else "float8_e4m3fn"
-        fixed = torch.tensor([_STATIC_SCALES[info.name]]), None if symmetric else torch.zeros(1, dtype=torch.int32)
+        one_scale = torch.tensor([_STATIC_SCALES[info.name]], device=target.device)
+        fixed = one_scale, None if symmetric else torch.zeros(1, dtype=torch.int32, device=target.device)
         scale, zero = fixed if scheme.activation_static else (None, None)
 
         def bind(x: Tensor) -> Call:
@@ -154,7 +161,9 @@ def make_scheme(
             return rotate(copies, call)
 
     def kernel(M: int) -> str:
-        answer = _selection.explain(op, M=M, N=N, K=K, scheme=scheme, dtype=asked, batch_invariant=batch_invariant)
+        answer = _selection.explain(
+            op, M=M, N=N, K=K, scheme=scheme, device=target.model, dtype=asked, batch_invariant=batch_invariant
+        )
         return str(answer.chosen)
 
     name = f"{scheme}{' batch-invariant' if batch_invariant else ''}"
@@ -163,10 +172,13 @@ def make_scheme(
     )
 
 
-def make_dequantize(scheme: Scheme, weight: Tensor, dtype: torch.dtype, warm: bool) -> Contender:
+def make_dequantize(
+    scheme: Scheme, weight: Tensor, dtype: torch.dtype, warm: bool, target: Target | None = None
+) -> Contender:
     """What one does without a kernel: dequantize the whole weight, then F.linear."""
     N, K = weight.shape
-    q = QuantizedWeight.quantize(weight, dataclasses.replace(scheme, search=False))
+    target = target or find_target("cpu")
+    q = QuantizedWeight.quantize(weight, dataclasses.replace(scheme, search=False)).to(target.device)
     desc, third = scheme.desc(), q.zeros is not None
     copies = copy_tensors(tuple(t for t in (q.packed, q.scales, q.zeros) if t is not None), warm)
 

@@ -20,6 +20,8 @@ from typing import Final
 
 import torch
 
+from lowbit.commands._target import Target, find_target, gpu_cache_bytes
+
 __all__ = ["Call", "Others", "Roofline", "Sample", "cache_bytes", "copies_for", "interleave", "measure_roofline"]
 
 #: Runs the contender on its i-th copy of the weight.
@@ -27,6 +29,8 @@ Call = Callable[[int], object]
 
 # Shorter calls are repeated until a sample lasts this long, so that the clock's own noise vanishes.
 _SAMPLE_SECONDS: Final = 1e-3
+# On a GPU also so that waiting for it, some ten microseconds, vanishes.
+_GPU_SAMPLE_SECONDS: Final = 20e-3
 _MAX_REPEATS: Final = 1024
 _MIN_ROUNDS: Final = 5
 _FEW_ROUNDS: Final = 3
@@ -36,8 +40,10 @@ _MAX_ROUNDS: Final = 200
 _UNKNOWN_CACHE: Final = 64 << 20
 
 
-def cache_bytes() -> int:
+def cache_bytes(device_type: str = "cpu") -> int:
     """Size of the last-level cache; 64 MiB where the system does not say."""
+    if device_type != "cpu":
+        return gpu_cache_bytes(device_type)
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         if match := re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()):
@@ -49,7 +55,7 @@ def cache_bytes() -> int:
     return max(sizes, default=_UNKNOWN_CACHE)
 
 
-def copies_for(nbytes: int, warm: bool) -> int:
+def copies_for(nbytes: int, warm: bool, device_type: str = "cpu") -> int:
     """How many copies of a weight to use in rotation: none is in cache again, unless `warm` asks for just that.
 
     Example:
@@ -58,7 +64,7 @@ def copies_for(nbytes: int, warm: bool) -> int:
     """
     if warm:
         return 1
-    room = 2 * cache_bytes()
+    room = 2 * cache_bytes(device_type)
     return 1 if nbytes >= room else -(-room // nbytes) + 1
 
 
@@ -122,6 +128,7 @@ def interleave(
     first: Mapping[str, float] | None = None,
     rest: bool = False,
     seed: int = 0,
+    target: Target | None = None,
 ) -> dict[str, Sample]:
     """Time every call in turns for about `seconds`, and at least five rounds (three, where those take as long as that).
 
@@ -131,8 +138,11 @@ def interleave(
         first: seconds that a first call has taken, of those that were called already. Long calls are not warmed up again.
         rest: wait a little before each turn, because a library's idle threads spin for a while on the cores of the next.
         seed: of the order within rounds.
+        target: a GPU, which is waited for before the clock is read; the CPU by default.
     """
     clock = time.perf_counter
+    target = target or find_target("cpu")
+    sample = _SAMPLE_SECONDS if target.wait is None else _GPU_SAMPLE_SECONDS
     begin = clock()
     used = dict.fromkeys(calls, 0)
     repeats = {}
@@ -140,10 +150,12 @@ def interleave(
         took = (first or {}).get(name, 0.0)
         if took < _LONG_SECONDS:
             call(0)  # makes caches and threads
+            target.finish()
             started = clock()
             call(1)
+            target.finish()
             took = clock() - started
-        repeats[name] = min(_MAX_REPEATS, max(1, round(_SAMPLE_SECONDS / max(took, 1e-9))))
+        repeats[name] = min(_MAX_REPEATS, max(1, round(sample / max(took, 1e-9))))
         used[name] = 2
     found: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(seed)
@@ -164,6 +176,7 @@ def interleave(
             started = clock()
             for i in range(index, last):
                 call(i)
+            target.finish()
             found[name].append((clock() - started) / repeats[name])
     return {name: Sample(tuple(values)) for name, values in found.items()}
 
@@ -204,16 +217,18 @@ class Roofline:
         return Roofline(self.threads, max(self.read, other.read), peaks)
 
 
-def measure_roofline(threads: int, size: int | None = None) -> Roofline:
+def measure_roofline(threads: int, size: int | None = None, target: Target | None = None) -> Roofline:
     """Measure; takes a second or two.
 
     Args:
         threads: torch must have been told to use that many.
         size: bytes to read; by default four times the last-level cache, between 128 MiB and 1 GiB.
+        target: a GPU; the CPU by default.
     """
+    target = target or find_target("cpu")
     if size is None:
-        size = min(max(4 * cache_bytes(), 128 << 20), 1 << 30)
-    x = torch.randn(size // 4)
+        size = min(max(4 * cache_bytes(target.name), 128 << 20), 1 << 30)
+    x = torch.randn(size // 4, device=target.device)
     half = x.numel() // 2
     reads: list[Callable[[], object]] = [
         lambda: torch.dot(x[:half], x[half : 2 * half]),
@@ -221,33 +236,39 @@ def measure_roofline(threads: int, size: int | None = None) -> Roofline:
         lambda: torch.linalg.vector_norm(x),
         lambda: x.sum(),
     ]
-    read = max(x.nbytes / _best(way, 4) for way in reads)
-    return Roofline(threads, read, {name: _matmul_peak(name) for name in ("float32", "bfloat16", "int8")})
+    read = max(x.nbytes / _best(way, 4, target) for way in reads)
+    return Roofline(threads, read, {name: _matmul_peak(name, target) for name in ("float32", "bfloat16", "int8")})
 
 
-def _best(call: Callable[[], object], times: int) -> float:
+def _best(call: Callable[[], object], times: int, target: Target) -> float:
+    """Seconds of the fastest call. A GPU is given ten at a time: waiting for one would be part of it."""
+    several = 1 if target.wait is None else 10
     call()
+    target.finish()
     found = []
     for _ in range(times):
         begin = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - begin)
+        for _ in range(several):
+            call()
+        target.finish()
+        found.append((time.perf_counter() - begin) / several)
     return min(found)
 
 
-def _matmul_peak(name: str, size: int = 1536) -> float:
+def _matmul_peak(name: str, target: Target) -> float:
     """Operations per second of a square matmul on random data; 0 where torch has none for the dtype."""
-    dtype = getattr(torch, name)
+    dtype, size = getattr(torch, name), 1536 if target.wait is None else 4096
     if dtype == torch.int8:
-        a, b = (torch.randint(-127, 128, (size, size), dtype=dtype) for _ in range(2))
+        a, b = (torch.randint(-127, 128, (size, size), dtype=dtype).to(target.device) for _ in range(2))
     else:
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size).to(dtype).to(target.device) for _ in range(2))
     multiply = torch._int_mm if dtype == torch.int8 else torch.mm
     try:
         begin = time.perf_counter()
         multiply(a, b)
+        target.finish()
         if time.perf_counter() - begin > 1.0:  # without instructions for the dtype; another one sets the peak
             return 2 * size**3 / (time.perf_counter() - begin)
-        return 2 * size**3 / _best(lambda: multiply(a, b), 4)
+        return 2 * size**3 / _best(lambda: multiply(a, b), 4, target)
     except RuntimeError:
         return 0.0

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from lowbit.commands import _output
 from lowbit.commands._benchmark import DTYPES, Settings, run_benchmark
 from lowbit.commands._cases import MODELS, STANDARD_SHAPES, Shape, model_shapes
 from lowbit.commands._peers import BASELINES, PEERS, expand
+from lowbit.commands._target import TARGETS, find_target
 from lowbit.scheme import Scheme
 
 __all__ = ["HEAD", "add_parser", "cells", "make_settings", "notes", "run", "show"]
@@ -55,6 +58,7 @@ def add_parser(commands: Any) -> None:
     add("--baseline", dest="baselines", metavar="NAME", type=_list(_baseline), default=["torch-bf16"],
         help="what to compare with, or none (default: torch-bf16)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bf16", help="of x")
+    add("--device", choices=TARGETS, default="cpu", help="where to multiply (default: cpu)")
     add("--threads", type=_list(_count), default=[os.cpu_count() or 1], help="numbers of threads (default: all cores)")
     add("--batch-invariant", action="store_true", help="time every scheme with that flag too")
     add("--warm", action="store_true", help="one copy of each weight, which may stay in cache")
@@ -123,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         from lowbit.commands import _plot  # first, so that a missing matplotlib is known before a minute of measuring
 
         _plot.require_matplotlib()
+    find_target(args.device)  # raises, with the reason, where there are no kernels for it
     watched = sys.stderr.isatty() and not args.quiet
     result = run_benchmark(make_settings(args), _say if watched else lambda text: None)
     if watched:
@@ -147,10 +152,11 @@ def make_settings(args: argparse.Namespace) -> Settings:
         schemes=args.schemes or [Scheme.parse("int4-g128")],
         baselines=expand(name for name in args.baselines if name != "none"),
         dtype=args.dtype,
-        threads=args.threads,
+        threads=args.threads if args.device == "cpu" else [torch.get_num_threads()],
         warm=args.warm,
         seconds=args.time_budget,
         batch_invariant=args.batch_invariant,
+        device=args.device,
     )
 
 
@@ -190,8 +196,9 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What one has to know to read the table."""
     load = result["load_average_before"]
+    cores = f", {result['cores']} cores" if result.get("device_type", "cpu") == "cpu" else ""
     lines = [
-        f"{result['device']}, {result['cores']} cores, {result['isa']}; lowbit {result['lowbit']}, "
+        f"{result['device']}{cores}, {result['isa']}; lowbit {result['lowbit']}, "
         f"torch {result['torch']}; x in {result['dtype']}, weights {result['weights']} in cache"
         + (f"; load average at the start {load[0]}" if load else "")
     ]

@@ -67,7 +67,7 @@ def make_peer(name: str, weight: Tensor, dtype: torch.dtype, warm: bool) -> Cont
 
     Args:
         name: in `PEERS`.
-        weight: W [N, K].
+        weight: W [N, K], on the device that is compared on.
         dtype: of x.
         warm: one copy of the weight is enough.
 
@@ -77,4 +77,6 @@ def make_peer(name: str, weight: Tensor, dtype: torch.dtype, warm: bool) -> Cont
     peer = PEERS[name]
     if why := absent(name):
         raise RuntimeError(why)
+    if weight.device.type != "cpu" and not peer.gpu:
+        raise RuntimeError("multiplies on the CPU only")
     return peer.make(peer, weight, dtype, warm)

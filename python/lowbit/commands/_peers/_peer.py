@@ -36,6 +36,7 @@ class Peer:
         options: of `make`.
         import_name: what the package is imported as, where that is not its name.
         extra: the extra of lowbit that brings it.
+        gpu: whether it multiplies on a GPU too, where W and x are.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Peer:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     import_name: str = ""
     extra: str = "bench"
+    gpu: bool = False
 
     @property
     def module(self) -> str:

@@ -54,7 +54,9 @@ def _per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _int8pack(peer: Peer, weight: Tensor, dtype: torch.dtype, warm: bool) -> Contender:
     codes, scales = _per_row(weight)
     tensors = codes, scales.to(dtype)
-    _refused_early(peer, tensors, torch._weight_int8pack_mm, torch.ones(1, weight.shape[1], dtype=dtype))
+    _refused_early(
+        peer, tensors, torch._weight_int8pack_mm, torch.ones(1, weight.shape[1], dtype=dtype, device=weight.device)
+    )
     return from_tensors(peer, tensors, torch._weight_int8pack_mm, "_weight_int8pack_mm", warm)
 
 
@@ -80,7 +82,7 @@ def _scaled_mm(peer: Peer, weight: Tensor, dtype: torch.dtype, warm: bool) -> Co
         return torch._scaled_mm(xq, w.t(), x_scales, s, out_dtype=out)
 
     tensors = codes, scales[None]
-    _refused_early(peer, tensors, multiply, torch.ones(1, weight.shape[1], dtype=dtype))
+    _refused_early(peer, tensors, multiply, torch.ones(1, weight.shape[1], dtype=dtype, device=weight.device))
     return from_tensors(peer, tensors, multiply, "_scaled_mm", warm)
 
 
@@ -126,7 +128,9 @@ def _onednn(peer: Peer, weight: Tensor, dtype: torch.dtype, warm: bool) -> Conte
 
 
 def _row(name: str, what: str, kind: str, make: Any, **options: Any) -> Peer:
-    return Peer(f"torch-{name}", what, kind, "torch", make, options)
+    return Peer(
+        f"torch-{name}", what, kind, "torch", make, options, gpu=make in (_linear, _int8pack, _int_mm, _scaled_mm)
+    )
 
 
 PEERS = (
