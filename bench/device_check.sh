@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# lowbit on a real GPU: build, correct, sanitize, bench. From a bare checkout on a machine with nvcc, cmake, ninja, a Python
-# with PyTorch (CUDA build), pytest and pybind11; nothing is downloaded or installed. bench/README.md says more, --help all.
+# lowbit on a real GPU: build, correct, sanitize, bench. From a bare checkout on a machine with cmake, ninja, a Python with PyTorch,
+# pytest and pybind11, and nvcc or a Mac's clang; nothing is downloaded or installed. bench/README.md says more, --help all.
 #
 #   bench/device_check.sh [build] [correct] [sanitize] [bench] [--budget SECONDS] [--out FOLDER] [--resume FOLDER] [--dry-run]
 set -euo pipefail

@@ -44,6 +44,14 @@ class TestPlan:
     def test_only_the_stages_asked_for(self) -> None:
         assert {cell.stage for cell in cells.plan(["sanitize", "bench"])} == {"sanitize", "bench"}
 
+    def test_a_mac_has_tests_and_tools_of_its_own(self) -> None:
+        plan = cells.plan(cells.STAGES, device="mps")
+        assert [cell.spec for cell in plan if cell.stage == "correct"] == [("tests/metal",), ("tests",)]
+        assert {cell.spec[0] for cell in plan if cell.stage == "sanitize"} == {"validation"}
+        assert [cell.key for cell in plan if cell.stage == "bench"] == [
+            cell.key for cell in cells.plan(["bench"], device="cuda")
+        ]
+
     def test_every_target_has_a_case(self) -> None:
         """A target whose section is misspelt would never be looked at."""
         for section, Ms, *_ in markdown.TARGETS:
@@ -234,7 +242,9 @@ class TestSanitize:
         assert sanitize_cases.run(group, "cpu") > 0
 
     def test_every_group_is_run_by_every_tool(self) -> None:
-        assert {group for _, group in cells.SANITIZE} == set(sanitize_cases.GROUPS)
+        for device, tools in cells.TOOLS.items():
+            specs = {cell.spec for cell in cells.sanitize_cells(device)}
+            assert specs == {(tool, group) for tool in tools for group in sanitize_cases.GROUPS}
 
     @pytest.mark.parametrize(
         ("says", "status", "ok"),
@@ -257,6 +267,34 @@ class TestSanitize:
         assert says in (tmp_path / "sanitize.log").read_text()
 
 
+SAYS = {
+    "": (0, True),
+    "Invalid device load executing kernel function stream_m1 encoder: 0": (0, False),
+    "-[MTLDebugComputeCommandEncoder setBuffer:]: failed assertion `Compute Command Encoder Validation error'": (
+        0,
+        False,
+    ),
+    "anything": (1, False),
+}
+
+
+@pytest.mark.parametrize("says", SAYS)
+def test_what_metals_validation_says_is_read(says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, ok = SAYS[says]
+    seen: dict[str, str] = {}
+
+    def command(setting: Any, log: str, limit: float, *words: str, **environment: str) -> tuple[int, str]:
+        seen.update(environment, words=" ".join(words[1:]))
+        return status, f"{says}\n56 problems\n"
+
+    monkeypatch.setattr(stages, "_command", command)
+    setting = stages.Setting(tmp_path, "s1", "mps", "", None)
+    result = stages.sanitize(setting, Cell("sanitize", "x", 1, ("validation", "gemm")), 60)
+    assert result["ok"] == ok and (ok or result["error"])
+    assert seen["MTL_SHADER_VALIDATION"] == seen["MTL_DEBUG_LAYER"] == "1"
+    assert seen["words"] == "-m device.sanitize_cases gemm mps"
+
+
 # ---- measuring -------------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +311,7 @@ class FakeTimer:
 
 @pytest.fixture
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(timing, "cache_bytes", lambda *_: 1 << 16)
 
 
 @pytest.mark.usefixtures("small_cache")
@@ -299,7 +337,7 @@ class TestMeasuring:
         def broken(i: int) -> object:
             raise RuntimeError("no kernel image\nand more")
 
-        found = timing.CpuTimer().measure({"good": lambda i: None, "bad": broken}, {"good": 1, "bad": 1}, 0.01)
+        found = timing.HostTimer().measure({"good": lambda i: None, "bad": broken}, {"good": 1, "bad": 1}, 0.01)
         assert found["bad"] == "RuntimeError: no kernel image"
         assert isinstance(found["good"], Sample)
 
@@ -393,6 +431,7 @@ class TestTables:
             ("FP8 W8A8", 4096, 1.0, "NVIDIA H200", "missed"),  # there is no torch._scaled_mm to compare with
             ("dequantize fp8", 0, 9.0, "NVIDIA H200", "met"),
             ("NF4", 1, 9.0, "NVIDIA H200", ""),
+            ("W4A16", 4096, 40.8, "Apple M3 Max GPU", ""),  # targets are for other GPUs
         ],
     )
     def test_verdict(self, section: str, M: int, us: float, device: str, verdict: str) -> None:

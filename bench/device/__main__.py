@@ -14,7 +14,8 @@ from device.store import ROOT, Store, sources_hash
 from device.worker import Worker
 
 DESCRIPTION = """\
-Builds lowbit for the GPU that is here, tests it, checks it with compute-sanitizer, and measures it.
+Builds lowbit for the GPU that is here, tests it, checks it with compute-sanitizer (on a Mac with Metal's validation), and
+measures it.
 
   bench/device_check.sh                        all four stages, as far as eight minutes go
   bench/device_check.sh bench --budget 240     one stage
@@ -43,7 +44,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per bench cell (2)")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the harness out, on tiny problems"
+        "--device",
+        choices=("cuda", "mps", "cpu"),
+        default="mps" if sys.platform == "darwin" else "cuda",
+        help="mps on a Mac, otherwise cuda, where not given; cpu tries the harness out, on tiny problems",
     )
     return parser
 
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"starting anew: {store.dropped}")
     todo = [
         cell
-        for cell in cells.plan(args.stages or cells.STAGES, args.device == "cpu")
+        for cell in cells.plan(args.stages or cells.STAGES, args.device == "cpu", args.device)
         if args.only in f"{cell.stage}: {cell.key}"
     ]
     if args.dry_run:

@@ -137,27 +137,29 @@ def bench_cells(tiny: bool = False, seconds: float = 2.0) -> list[Cell]:
     return [Cell("bench", case.key, 3 * seconds, case) for case in bench_cases(tiny)]
 
 
-#: Tools of compute-sanitizer by what they find, and the groups of kernels (sanitize_cases.py). racecheck looks at shared
-#: memory, where pipelines live; memcheck at every address.
-SANITIZE: Final = tuple(
-    (tool, group)
-    for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
-    for group in ("gemm", "gemm_a8", "gemm_grad_input", "weights", "activations")
-)
+#: Groups of kernels (sanitize_cases.py).
+GROUPS: Final = ("gemm", "gemm_a8", "gemm_grad_input", "weights", "activations")
+#: Tools by what they find, what is worth most first: memcheck looks at every address, racecheck at shared memory, where pipelines
+#: live. On a Mac, Metal's own validation of what shaders access and the host encodes.
+TOOLS: Final = {"cuda": ("memcheck", "racecheck", "synccheck", "initcheck"), "mps": ("validation",)}
+#: What tests the kernels of a device.
+KERNEL_TESTS: Final = {"cuda": "tests/cuda", "mps": "tests/metal"}
 
 
-def sanitize_cells() -> list[Cell]:
-    return [Cell("sanitize", f"{tool} {group}", 60, (tool, group)) for tool, group in SANITIZE]
+def sanitize_cells(device: str = "cuda") -> list[Cell]:
+    tools = TOOLS.get(device, TOOLS["cuda"])
+    return [Cell("sanitize", f"{tool} {group}", 60, (tool, group)) for tool in tools for group in GROUPS]
 
 
-def plan(stages: Sequence[str], tiny: bool = False) -> list[Cell]:
+def plan(stages: Sequence[str], tiny: bool = False, device: str = "cuda") -> list[Cell]:
     """All cells of the stages, the most valuable first: whether kernels are right, then the numbers that have targets, then
     races and stray accesses, then the rest of each."""
-    bench, sanitize = bench_cells(tiny), sanitize_cells()
+    bench, sanitize = bench_cells(tiny), sanitize_cells(device)
     first = sum(len(section.cases(0)) for section in SECTIONS)
-    groups = sum(tool in ("memcheck", "racecheck") for tool, _ in SANITIZE)
+    groups = 2 * len(GROUPS)  # of two tools
     # Tests record themselves one by one (resume_plugin.py), so one cell for each way of running them is enough.
-    kernels, library = Cell("correct", "kernels", 30, ("tests/cuda",)), Cell("correct", "library", 30, ("tests",))
+    folder = KERNEL_TESTS.get(device, KERNEL_TESTS["cuda"])
+    kernels, library = Cell("correct", "kernels", 30, (folder,)), Cell("correct", "library", 30, ("tests",))
     order = [
         Cell("build", "build", 30),
         kernels,

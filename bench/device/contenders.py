@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from device.cells import Case
 from device.timing import Call, copies_for
 from lowbit import _C, Scheme, explain
+from lowbit.commands._target import Target, find_target
 
 __all__ = ["PEERS", "Contender", "Inputs", "lowbit_contenders", "make_peer"]
 
@@ -30,12 +31,17 @@ class Inputs:
     weight: Tensor
     x: Tensor
 
+    @property
+    def target(self) -> Target:
+        return find_target(self.device)
+
     @staticmethod
     def make(case: Case, device: str) -> Inputs:
-        generator = torch.Generator(device).manual_seed(case.M * 7919 + case.N + case.K)
+        place = find_target(device).device
+        generator = torch.Generator(place).manual_seed(case.M * 7919 + case.N + case.K)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(torch.bfloat16)
+            return torch.randn(shape, generator=generator, device=place, dtype=torch.float32).to(torch.bfloat16)
 
         return Inputs(case, device, normal(case.N, case.K) / 8, normal(case.M, case.N if case.op == "grad" else case.K))
 
@@ -80,7 +86,7 @@ _QUANTIZED: Final = {
 
 def _pack(inputs: Inputs) -> tuple[Tensor, int]:
     """W in the layout of the device's kernels, and its desc."""
-    case, ops = inputs.case, torch.ops.lowbit
+    case, ops = inputs.case, inputs.target.ops
     scheme = Scheme.parse(case.scheme)
     packed, scales, zeros = ops.quantize(inputs.weight, scheme.desc(), False, None)
     desc = scheme.desc(layout=_C.preferred_layout(inputs.device, scheme.desc()))
@@ -89,12 +95,13 @@ def _pack(inputs: Inputs) -> tuple[Tensor, int]:
 
 def _kernel(inputs: Inputs, op: str, dtype: str) -> str:
     case = inputs.case
-    return str(explain(op, M=case.M, N=case.N, K=case.K, scheme=case.scheme, device=inputs.device, dtype=dtype).chosen)
+    model = inputs.target.model
+    return str(explain(op, M=case.M, N=case.N, K=case.K, scheme=case.scheme, device=model, dtype=dtype).chosen)
 
 
 def lowbit_contenders(inputs: Inputs) -> list[Contender]:
     """The product; with 8-bit inputs also the product including their quantization, as a layer runs it."""
-    case, ops = inputs.case, torch.ops.lowbit
+    case, ops = inputs.case, inputs.target.ops
     N, K = case.N, case.K
     w, desc = _pack(inputs)
     if case.op == "grad":
@@ -238,7 +245,7 @@ def _humming(inputs: Inputs) -> Contender:
             weight_config=weight_config,
             input_config={"dtype": x_dtype} if x_dtype else None,
             torch_dtype=torch.bfloat16,
-        ).to(inputs.device)
+        ).to(inputs.target.device)
         layer.load_from_unquantized(inputs.weight)
         layer.transform()
         layers.append(layer)

@@ -46,6 +46,10 @@ def clocks() -> dict[str, str]:
 def device_name(device: str) -> str:
     import torch
 
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise RuntimeError(f"PyTorch {torch.__version__} can use no GPU by MPS")
+        return f"{_run('/usr/sbin/sysctl', '-n', 'machdep.cpu.brand_string') or 'Apple'} GPU"
     return torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
 
 
@@ -85,4 +89,10 @@ def facts(device: str) -> dict[str, Any]:
         found["l2_bytes"] = about.L2_cache_size
         found["memory_bytes"] = about.total_memory
         found["clocks_before"] = clocks()
+    if device == "mps":
+        from lowbit import _C
+
+        found["model"] = _C.metal_model()
+        found["macos"] = platform.mac_ver()[0]
+        found["memory_bytes"] = int(_run("/usr/sbin/sysctl", "-n", "hw.memsize") or 0)
     return found

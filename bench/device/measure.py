@@ -14,6 +14,7 @@ from device.contenders import PEERS, Contender, Inputs, lowbit_contenders, make_
 from device.timing import Call, Timer, copies_for
 from lowbit import _C, Scheme
 from lowbit.commands._measure import Sample
+from lowbit.commands._target import find_target
 
 __all__ = ["measure_case"]
 
@@ -46,7 +47,7 @@ def measure_case(case: Case, device: str, timer: Timer, seconds: float) -> dict[
 
 def _error(inputs: Inputs) -> float:
     """Of lowbit's result, against a product in fp32 with its own dequantized weight and quantized inputs."""
-    case, ops = inputs.case, torch.ops.lowbit
+    case, ops = inputs.case, inputs.target.ops
     scheme = Scheme.parse(case.scheme)
     packed, scales, zeros = ops.quantize(inputs.weight, scheme.desc(), False, None)
     third = zeros if zeros.numel() else None
@@ -61,7 +62,8 @@ def _error(inputs: Inputs) -> float:
         format_id = _C.enums()["format"]["int8" if int8 else "fp8_e4m3"]
         group = 128 if case.inputs == "fp8-128" else -1
         codes, x_scales, _ = ops.quantize_activation(inputs.x, format_id, group, None, None, None, True)
-        x = codes.float() * x_scales.repeat_interleave(128 if group == 128 else case.K, -1)[..., : case.K]
+        values = codes.cpu().float().to(x.device)  # not every device converts fp8
+        x = values * x_scales.repeat_interleave(128 if group == 128 else case.K, -1)[..., : case.K]
     return _relative(y, x @ dense.t())
 
 
@@ -124,11 +126,11 @@ def _copies(make: Callable[[], tuple[Tensor, ...]], device: str) -> list[tuple[T
 
 def _roofline(device: str, timer: Timer, seconds: float, size: int) -> dict[str, Any]:
     """Bandwidth of a read and of a copy, and the rate of a large product, all through torch on random data."""
-    elements = size * size * 4
-    source = torch.randn(elements // 2, device=device).to(torch.bfloat16).repeat(2)
+    elements, place = size * size * 4, find_target(device).device
+    source = torch.randn(elements // 2, device=place).to(torch.bfloat16).repeat(2)
     target = torch.empty_like(source)
     words = source.view(torch.int32)
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=place).to(torch.bfloat16) for _ in range(2))
     ones: dict[str, tuple[Call, float]] = {
         "copy": (lambda i: target.copy_(source), 2.0 * source.nbytes),
         "read": (lambda i: words.amax(), 1.0 * source.nbytes),
@@ -147,10 +149,10 @@ def _roofline(device: str, timer: Timer, seconds: float, size: int) -> dict[str,
 
 def _memory_bound(case: Case, device: str, timer: Timer, seconds: float) -> dict[str, Any]:
     """dequantize and quantize_activation: bytes in and bytes out, each once."""
-    ops = torch.ops.lowbit
-    generator = torch.Generator(device).manual_seed(7)
+    ops, place = find_target(device).ops, find_target(device).device
+    generator = torch.Generator(place).manual_seed(7)
     rows = case.N if case.op == "dequantize" else case.M
-    values = torch.randn(rows, case.K, generator=generator, device=device, dtype=torch.float32).to(torch.bfloat16)
+    values = torch.randn(rows, case.K, generator=generator, device=place, dtype=torch.float32).to(torch.bfloat16)
     if case.op == "dequantize":
         desc = Scheme.parse(case.scheme).desc()
         packed, scales, zeros = ops.quantize(values, desc, False, None)

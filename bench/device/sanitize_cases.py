@@ -1,6 +1,6 @@
-"""What compute-sanitizer watches: every row of the kernel table once or twice, on small ragged problems.
+"""What compute-sanitizer, or Metal's validation, watches: every row of the kernel table once or twice, on small ragged problems.
 
-    python -m device.sanitize_cases gemm|gemm_a8|gemm_grad_input|weights|activations
+    python -m device.sanitize_cases gemm|gemm_a8|gemm_grad_input|weights|activations [mps]
 
 Everything is prepared on the CPU, so that hardly a kernel but lowbit's runs. Results are not looked at: other tests do.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C, Scheme
+from lowbit.commands._target import find_target
 
 __all__ = ["GROUPS", "run"]
 
@@ -22,25 +23,28 @@ __all__ = ["GROUPS", "run"]
 SCHEMES: Final = ("int4-g32", "int3-g64-asym", "int8", "int5-g16-offset", "fp8-b128", "nf4-g64", "fp4-g32-fp16")
 #: (M, N, K): inside a tile, and over its edges.
 SHAPES: Final = ((3, 65, 136), (70, 130, 392))
-ops = torch.ops.lowbit
+#: On the CPU, where everything is prepared.
+cpu_ops = torch.ops.lowbit
 
 
 def _rows(op: str, device: str) -> list[str]:
-    return [row["name"] for row in _C.kernel_table() if row["backend"] == device and row["op"] == op]
+    backend = "metal" if device == "mps" else device
+    return [row["name"] for row in _C.kernel_table() if row["backend"] == backend and row["op"] == op]
 
 
 def _packed(scheme: Scheme, N: int, K: int, device: str) -> tuple[Tensor, int]:
-    packed, scales, zeros = ops.quantize(torch.randn(N, K), scheme.desc(), False, None)
+    target = find_target(device)
+    packed, scales, zeros = cpu_ops.quantize(torch.randn(N, K), scheme.desc(), False, None)
     desc = scheme.desc(layout=_C.preferred_layout(device, scheme.desc()))
-    third = zeros.to(device) if zeros.numel() else None
-    return ops.pack(packed.to(device), scales.to(device), third, None, N, K, desc), desc
+    third = zeros.to(target.device) if zeros.numel() else None
+    return target.ops.pack(packed.to(target.device), scales.to(target.device), third, None, N, K, desc), desc
 
 
 def _forced(op: str, device: str, run: Callable[[Scheme, int, int, int], object]) -> int:
     """Every kernel of the op on every scheme and shape that it takes."""
     ran = 0
     for name in dict.fromkeys(_rows(op, device)):
-        if device == "cuda":
+        if device != "cpu":
             _C.force_kernel(name)
         for text in SCHEMES:
             for M, N, K in SHAPES:
@@ -51,46 +55,53 @@ def _forced(op: str, device: str, run: Callable[[Scheme, int, int, int], object]
                         raise
                 else:
                     ran += 1
-    if device == "cuda":
+    if device != "cpu":
         _C.force_kernel("")
     return ran
 
 
 def _gemm(device: str) -> int:
+    place, ops = find_target(device).device, find_target(device).ops
+
     def run(scheme: Scheme, M: int, N: int, K: int) -> None:
         w, desc = _packed(scheme, N, K, device)
         for dtype in (torch.bfloat16, torch.float16):
-            ops.gemm(torch.randn(M, K).to(dtype).to(device), w, torch.randn(N).to(dtype).to(device), N, K, desc, 0)
+            ops.gemm(torch.randn(M, K).to(dtype).to(place), w, torch.randn(N).to(dtype).to(place), N, K, desc, 0)
 
     return _forced("gemm", device, run)
 
 
 def _gemm_a8(device: str) -> int:
+    place, ops = find_target(device).device, find_target(device).ops
+
     def run(scheme: Scheme, M: int, N: int, K: int) -> None:
         w, desc = _packed(scheme, N, K, device)
         for name, symmetric in (("int8", True), ("int8", False), ("fp8_e4m3", True)):
             format_id = _C.enums()["format"][name]
-            xq, s, z = ops.quantize_activation(torch.randn(M, K), format_id, -1, None, None, None, symmetric)
-            zeros = None if symmetric else z.to(device)
-            ops.gemm_a8(xq.to(device), s.to(device), zeros, w, None, N, K, desc, 0, torch.bfloat16)
+            xq, s, z = cpu_ops.quantize_activation(torch.randn(M, K), format_id, -1, None, None, None, symmetric)
+            zeros = None if symmetric else z.to(place)
+            ops.gemm_a8(xq.to(place), s.to(place), zeros, w, None, N, K, desc, 0, torch.bfloat16)
 
     return _forced("gemm_a8", device, run)
 
 
 def _gradient(device: str) -> int:
+    place, ops = find_target(device).device, find_target(device).ops
+
     def run(scheme: Scheme, M: int, N: int, K: int) -> None:
         w, desc = _packed(scheme, N, K, device)
-        ops.gemm_grad_input(torch.randn(M, N).to(torch.bfloat16).to(device), w, N, K, desc, 0)
+        ops.gemm_grad_input(torch.randn(M, N).to(torch.bfloat16).to(place), w, N, K, desc, 0)
 
     return _forced("gemm_grad_input", device, run)
 
 
 def _weights(device: str) -> int:
     """quantize, pack, unpack, dequantize."""
+    place, ops = find_target(device).device, find_target(device).ops
     for text in SCHEMES:
         scheme = Scheme.parse(text)
         for _, N, K in SHAPES:
-            weight = torch.randn(N, K).to(device)
+            weight = torch.randn(N, K).to(place)
             packed, scales, zeros = ops.quantize(weight, scheme.desc(), False, None)
             third = zeros if zeros.numel() else None
             ops.dequantize(packed, scales, third, None, N, K, scheme.desc(), torch.bfloat16)
@@ -100,8 +111,9 @@ def _weights(device: str) -> int:
 
 
 def _activations(device: str) -> int:
+    place, ops = find_target(device).device, find_target(device).ops
     for M, _, K in SHAPES:
-        x = torch.randn(M, K).to(torch.bfloat16).to(device)
+        x = torch.randn(M, K).to(torch.bfloat16).to(place)
         for name, group, symmetric in (
             ("int8", -1, True),
             ("int8", -1, False),
@@ -125,8 +137,7 @@ def run(group: str, device: str = "cuda") -> int:
     """How many problems ran; at least one has to."""
     torch.manual_seed(0)
     ran = GROUPS[group](device)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    find_target(device).finish()
     if ran == 0:
         raise RuntimeError(f"no kernel of {group} took any problem")
     return ran

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from device.cells import Cell
+from device.cells import KERNEL_TESTS, Cell
 from device.resume_plugin import read_record
 from device.store import ROOT
 
@@ -23,8 +24,18 @@ SITE: Final = BUILD / "site"
 ELSEWHERE: Final = tuple(
     f"test_{name}.py"
     for name in (
-        *("build", "cuda_library", "emulator", "mutants", "bench_suites", "cli_bench", "demo", "docs", "device_check"),
-        *("stubs", "engine_example"),
+        *(
+            "build",
+            "cuda_library",
+            "emulator",
+            "metal_emulator",
+            "mutants",
+            "bench_suites",
+            "cli_bench",
+            "demo",
+            "docs",
+        ),
+        *("device_check", "stubs", "engine_example"),
     )
 )
 #: Kept from what a command said.
@@ -89,7 +100,8 @@ device = sys.argv[1]
 print("lowbit", lowbit.__file__)
 info = lowbit._C.build_info()
 print("cuda", info["cuda"], "for", info["cuda_archs"], info["cuda_absent"])
-assert device == "cpu" or torch._C._dispatch_has_kernel_for_dispatch_key("lowbit::gemm", "CUDA"), "no CUDA kernels"
+from lowbit.commands._target import find_target
+print("on", find_target(device).what)  # raises, with the reason, where there are no kernels
 weight = lowbit.QuantizedWeight.quantize(torch.randn(128, 256), "int4-g128")
 layer = lowbit.QuantizedLinear(weight).to(device)
 print("y", tuple(layer(torch.ones(3, 256, device=device, dtype=torch.bfloat16)).shape))
@@ -127,7 +139,7 @@ def correct(setting: Setting, cell: Cell, limit: float) -> dict[str, Any]:
     record = setting.out / f"correct-{cell.key}.jsonl"
     ignored = [f"--ignore=tests/{name}" for name in ELSEWHERE]
     if cell.key != "kernels":
-        ignored.append("--ignore=tests/cuda")
+        ignored += [f"--ignore={folder}" for folder in KERNEL_TESTS.values()]
     command = [sys.executable, "-m", "pytest", "-p", "device.resume_plugin", "-q", "--tb=short", "-m", "not slow"]
     status, output = _command(
         setting,
@@ -140,7 +152,7 @@ def correct(setting: Setting, cell: Cell, limit: float) -> dict[str, Any]:
         LOWBIT_CHECK_SOURCES=setting.sources,
         # One test may still be running then: leave it some time.
         LOWBIT_CHECK_DEADLINE=str(time.time() + limit - 20),
-        LOWBIT_TEST_BACKEND="device" if setting.device == "cuda" else "emulator",
+        LOWBIT_TEST_BACKEND="emulator" if setting.device == "cpu" else "device",
     )
     outcomes = [str(line["outcome"]) for line in read_record(record, setting.sources).values()]
     failures = [name for name, line in read_record(record, setting.sources).items() if line["outcome"] == "failed"]
@@ -155,9 +167,34 @@ def correct(setting: Setting, cell: Cell, limit: float) -> dict[str, Any]:
 # ---- sanitize ------------------------------------------------------------------------------------------------------------
 
 
+#: Metal's validation: of every access of a shader, and of arguments and sizes. What it finds goes to stderr, and ends the
+#: process where the host is at fault.
+_VALIDATION: Final = {
+    "MTL_DEBUG_LAYER": "1",
+    "MTL_DEBUG_LAYER_ERROR_MODE": "assert",
+    "MTL_SHADER_VALIDATION": "1",
+    "MTL_SHADER_VALIDATION_REPORT_TO_STDERR": "1",
+}
+_INVALID: Final = re.compile(
+    r"^.*(?:invalid (?:device|constant|threadgroup)|validation (?:error|failure)).*$", re.M | re.I
+)
+
+
+def _validate(setting: Setting, group: str, limit: float) -> dict[str, Any]:
+    """One group of kernels under Metal's validation."""
+    command = [sys.executable, "-m", "device.sanitize_cases", group, "mps"]
+    status, output = _command(setting, "sanitize.log", min(limit, 240), *command, **_VALIDATION)
+    found, ran = _INVALID.search(output), re.search(r"^\d+ problems$", output, re.M)
+    if status == 0 and ran is not None and found is None:
+        return {"ok": True, "summary": f"{ran[0]}, nothing invalid"}
+    return {"ok": False, "error": found[0].strip() if found else f"status {status}", "output": output[-_TAIL:]}
+
+
 def sanitize(setting: Setting, cell: Cell, limit: float) -> dict[str, Any]:
-    """compute-sanitizer over one group of kernels. Its program runs small problems only: everything is slower in it."""
+    """compute-sanitizer (on a Mac, Metal's validation) over one group of kernels, on small problems only: it slows everything."""
     tool, group = cell.spec
+    if tool == "validation":
+        return _validate(setting, group, limit)
     found = shutil.which("compute-sanitizer")
     if found is None:
         return {"ok": False, "error": "compute-sanitizer is not in PATH"}

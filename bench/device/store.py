@@ -16,7 +16,7 @@ __all__ = ["ROOT", "Store", "sources_hash"]
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 #: A change of these makes what was measured or tested before a statement about something else.
-SOURCES: Final = ("CMakeLists.txt", "cmake", "csrc", "python", "tests/cuda")
+SOURCES: Final = ("CMakeLists.txt", "cmake", "csrc", "python", "tests/cuda", "tests/metal")
 _FORMAT: Final = 1
 
 

@@ -3,6 +3,8 @@
 On a GPU each contender becomes a CUDA graph of some twenty launches, which go through copies of the weight that together
 are several times the L2 cache; a round replays every contender's graph once, between events. So neither Python nor the
 launch path is in the numbers, and a clock that drifts hits everybody alike.
+
+Metal has no such graphs in PyTorch: there calls are given to the GPU for 20 ms on end and waited for, as `lowbit bench` does it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import Final, Protocol
 import torch
 
 from lowbit.commands._measure import Sample, cache_bytes, interleave
+from lowbit.commands._target import Target, find_target
 
-__all__ = ["Call", "CpuTimer", "CudaTimer", "Measured", "Timer", "copies_for"]
+__all__ = ["Call", "CudaTimer", "HostTimer", "Measured", "Timer", "copies_for", "make_timer"]
 
 #: Runs a contender on its i-th copy of the weight.
 Call = Callable[[int], object]
@@ -33,9 +36,8 @@ _MAX_ROUNDS: Final = 200
 
 def copies_for(nbytes: int, device: str, memory: int = 16 << 30) -> int:
     """Copies of a weight of `nbytes`, so that none is in cache when its turn comes again; at most `memory` bytes."""
-    cache = cache_bytes() if device == "cpu" else int(torch.cuda.get_device_properties(0).L2_cache_size)
-    times = 2 if device == "cpu" else _COLD
-    count = -(-times * cache // max(nbytes, 1)) + 1
+    times = _COLD if device == "cuda" else 2
+    count = -(-times * cache_bytes(device) // max(nbytes, 1)) + 1
     return max(2, min(count, memory // max(nbytes, 1)))
 
 
@@ -48,8 +50,11 @@ class Timer(Protocol):
         """
 
 
-class CpuTimer:
-    """As `lowbit bench` measures."""
+class HostTimer:
+    """As `lowbit bench` measures: by the host's clock."""
+
+    def __init__(self, target: Target | None = None):
+        self.target = target
 
     def measure(self, calls: Mapping[str, Call], copies: Mapping[str, int], seconds: float) -> Measured:
         works: dict[str, Call] = {}
@@ -61,7 +66,7 @@ class CpuTimer:
                 result[name] = _reason(error)
             else:
                 works[name] = call
-        result.update(interleave(works, seconds))
+        result.update(interleave(works, seconds, target=self.target))
         return result
 
 
@@ -119,6 +124,11 @@ class CudaTimer:
             events[name] = begin, end
         torch.cuda.synchronize()
         return {name: begin.elapsed_time(end) for name, (begin, end) in events.items()}
+
+
+def make_timer(device: str) -> Timer:
+    """For "cuda", "mps" or "cpu"."""
+    return CudaTimer() if device == "cuda" else HostTimer(find_target(device))
 
 
 def _reason(error: Exception) -> str:

@@ -20,9 +20,9 @@ def _serve(connection: Connection, device: str) -> None:
     import torch
 
     from device.measure import measure_case
-    from device.timing import CpuTimer, CudaTimer
+    from device.timing import make_timer
 
-    timer = CudaTimer() if device == "cuda" else CpuTimer()
+    timer = make_timer(device)
     connection.send("ready")
     while True:
         try:
@@ -31,9 +31,10 @@ def _serve(connection: Connection, device: str) -> None:
             return
         try:
             result = measure_case(case, device, timer, seconds)
-            if device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+            if device != "cpu":
+                gpu = torch.cuda if device == "cuda" else torch.mps
+                gpu.synchronize()
+                gpu.empty_cache()
         except Exception as error:
             trace = traceback.format_exc(limit=-6)
             # After an illegal access, say, every later call of this process would fail too.

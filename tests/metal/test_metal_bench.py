@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,19 @@ from lowbit.commands._measure import Roofline
 from lowbit.commands._target import Target
 from metal_problems import BACKEND
 
+BENCH = Path(__file__).parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
+
 PEAKS = {"float32": 1e12, "bfloat16": 2e12, "int8": 0.0}
+
+
+def check_modules() -> list[Any]:
+    """What bench/device_check.sh measures with; not part of a source distribution."""
+    if not BENCH.is_dir():
+        return []
+    from device import contenders, measure, sanitize_cases, timing
+
+    return [contenders, measure, sanitize_cases, timing]
 
 
 @pytest.fixture
@@ -28,7 +43,7 @@ def waits(metal: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     else:
         found = Target("mps", torch.device("cpu"), "Apple M0 GPU", metal.model, lambda: count.append(1), metal.ops)
     find: Callable[[str], Target] = lambda name: found if name == "mps" else _target.find_target(name)  # noqa: E731
-    for module in (_benchmark, bench):
+    for module in (_benchmark, bench, *check_modules()):
         monkeypatch.setattr(module, "find_target", find)
     monkeypatch.setattr(_measure, "cache_bytes", lambda *_: 1 << 14)
     monkeypatch.setattr(_measure, "_GPU_SAMPLE_SECONDS", 1e-4)
@@ -113,5 +128,72 @@ def test_a_gpu_is_waited_for_before_the_clock_is_read(waits: list[int]) -> None:
     assert all(len(sample.seconds) == 3 for sample in samples.values())
     text = "".join(name[0] for name in calls)
     assert text[-1] == "w" and "ab" not in text and "ba" not in text  # one after another, each waited for
-    roof = _measure.measure_roofline(1, size=1 << 16, target=_target.find_target("cpu"))
-    assert roof.read > 0
+
+
+# ---- bench/device_check.sh ---------------------------------------------------------------------------------------------------
+
+needs_check = pytest.mark.skipif(not BENCH.is_dir(), reason="the benches are not part of a source distribution")
+SECTIONS = (
+    "roofline",
+    "W4A16",
+    "INT8 W8A8",
+    "W4A8-fp8",
+    "FP8 blocks",
+    "dequantize",
+    "quantize_activation int8",
+    "gradient",
+)
+
+
+class Here:
+    """device.worker.Worker in this process, where the emulator is; problems are small."""
+
+    def __init__(self, device: str):
+        from device import timing
+
+        self.device, self.timer = device, timing.make_timer(device)
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def measure(self, case: Any, seconds: float, limit: float) -> dict[str, Any]:
+        from device import measure
+
+        small = {name: min(getattr(case, name), most) for name, most in (("M", 9), ("N", 128), ("K", 128))}
+        return measure.measure_case(dataclasses.replace(case, **small), self.device, self.timer, 0.0)
+
+
+@needs_check
+def test_the_device_check_measures(waits: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every kind of case, without a question asked, into the files that a run on any GPU writes."""
+    from device import __main__ as command
+    from device import cells, machine, timing
+
+    monkeypatch.setattr(timing, "cache_bytes", lambda *_: 1 << 10)
+    monkeypatch.setattr(command, "Worker", Here)
+    if BACKEND == "emulator":
+        monkeypatch.setattr(machine, "device_name", lambda device: "Apple M0 GPU")
+    first = {cell.spec.section: cell for cell in reversed(cells.plan(["bench"], device="mps"))}
+    monkeypatch.setattr(cells, "plan", lambda *_, **__: [first[name] for name in SECTIONS])
+    assert command.main(["--device", "mps", "--installed", "bench", "--out", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "device_check.json").read_text())
+    assert data["machine"]["model"].startswith("apple") and data["device"].endswith("GPU")
+    rows = [row for cell in data["stages"]["bench"].values() for row in cell.get("rows", ())]
+    kernels = {row["kernel"].split(", ")[-1] for row in rows if row["name"].startswith("lowbit")}
+    assert {"metal_stream_m1_apple7", "metal_matrix_exact_m64_apple7", "metal_grad_m64_apple7"} <= kernels
+    assert {"torch-bf16"} < {row["name"] for row in rows}
+    text = (tmp_path / "device_check.md").read_text()
+    assert text.startswith("# lowbit on Apple M") and "given for 20 ms on end" in text and "GPU taken for apple" in text
+
+
+@needs_check
+@pytest.mark.parametrize("group", ["gemm", "gemm_a8", "gemm_grad_input", "weights", "activations"])
+def test_what_validation_watches_runs(waits: list[int], group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from device import sanitize_cases
+
+    monkeypatch.setattr(sanitize_cases, "SCHEMES", ("int3-g64-asym",))
+    monkeypatch.setattr(sanitize_cases, "SHAPES", ((3, 20, 72),))
+    assert sanitize_cases.run(group, "mps") > 0
