@@ -23,6 +23,10 @@ set(LOWBIT_CUDA_MINIMUM 12.8)
 # Files in which device code depends on the architecture (__CUDA_ARCH__): one pass of nvcc's front end for each.
 set(LOWBIT_CUDA_ARCH_DEPENDENT "^a8_fp8")
 
+# Files for 90a alone, which a build without it leaves out. LOWBIT_HOPPER says that they are there. Not compressed, so that
+# tests read the machine code of these kernels without NVIDIA's tools (tests/cuda_audit.py).
+set(LOWBIT_CUDA_HOPPER "^hopper_")
+
 # Files whose results must be the CPU's bit for bit: no a * b + c in one rounding.
 set(LOWBIT_CUDA_EXACT "^(de)?quantize")
 
@@ -175,8 +179,9 @@ endfunction()
 # ---- how files are compiled --------------------------------------------------------------------------------------------
 
 # What a .cu file is compiled with, as a file for nvcc's --options-file: a change of it compiles everything again. `gencode`
-# is -gencode flags.
+# is -gencode flags. PLAIN: device code is not compressed.
 function(_lowbit_cuda_options file gencode)
+  cmake_parse_arguments(PARSE_ARGV 2 arg "PLAIN" "" "")
   set(flags ${gencode})
   _lowbit_host_compiler(host)
   list(APPEND flags -std=c++17 -O3 --expt-relaxed-constexpr "-ccbin=\"${host}\"" "-I\"${CMAKE_CURRENT_SOURCE_DIR}/csrc\"")
@@ -184,7 +189,9 @@ function(_lowbit_cuda_options file gencode)
   list(APPEND flags -Xptxas=-v)
   # The short form of 12.x can be read by every driver that runs CUDA 12; the smallest one takes a driver for 12.4, which
   # is no condition for 13, whose drivers are all newer.
-  if(LOWBIT_CUDA_VERSION VERSION_LESS 13)
+  if(arg_PLAIN)
+    list(APPEND flags --no-compress)
+  elseif(LOWBIT_CUDA_VERSION VERSION_LESS 13)
     list(APPEND flags -Xfatbin=-compress-all)
   else()
     list(APPEND flags --compress-mode=size)
@@ -213,17 +220,28 @@ function(lowbit_cuda_objects out)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ARCHS;SOURCES")
   list(JOIN arg_ARCHS "_" name)
   set(folder "${CMAKE_CURRENT_BINARY_DIR}/lowbit_cuda")
+  set(hopper "")
+  if("90a" IN_LIST arg_ARCHS)
+    set(hopper "-DLOWBIT_HOPPER")
+  endif()
   _lowbit_gencode(each ${arg_ARCHS})
-  _lowbit_cuda_options("${folder}/${name}.each.options" "${each}")
+  _lowbit_cuda_options("${folder}/${name}.each.options" "${each};${hopper}")
   # With the macro, using an instruction that is not in every architecture is an error.
   _lowbit_gencode_one_pass(once ${arg_ARCHS})
-  _lowbit_cuda_options("${folder}/${name}.once.options" "${once};-DLOWBIT_ONE_PASS")
+  _lowbit_cuda_options("${folder}/${name}.once.options" "${once};-DLOWBIT_ONE_PASS;${hopper}")
+  _lowbit_gencode(alone 90a)
+  _lowbit_cuda_options("${folder}/${name}.hopper.options" "${alone};${hopper}" PLAIN)
   set(objects "")
   foreach(source IN LISTS arg_SOURCES)
     get_filename_component(stem "${source}" NAME_WE)
     set(object "${folder}/${stem}.o")
     set(options "${folder}/${name}.once.options")
-    if(stem MATCHES "${LOWBIT_CUDA_ARCH_DEPENDENT}")
+    if(stem MATCHES "${LOWBIT_CUDA_HOPPER}")
+      if(NOT hopper)
+        continue()
+      endif()
+      set(options "${folder}/${name}.hopper.options")
+    elseif(stem MATCHES "${LOWBIT_CUDA_ARCH_DEPENDENT}")
       set(options "${folder}/${name}.each.options")
     endif()
     set(extra "")

@@ -7,11 +7,12 @@ Each audit returns the violations it finds, as text. No CUDA tool is needed to r
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,32 +26,46 @@ PTX, MACHINE_CODE = 1, 2
 ARCH_ONLY, FAMILY = 1 << 20, 1 << 21
 
 # Kernels whose time is their point. In these a spill, or an array that ended up in local memory, is a defect.
-HOT = re.compile(r"\d(stream|matrix|a8|grad)(?:_\w+)?_kernel")
+HOT = re.compile(r"\d(stream|matrix|a8|grad|hopper)(?:_\w+)?_kernel")
 
 
-def device_code(path: Path) -> Counter[str]:
-    """How many entries there are per architecture, written as in LOWBIT_CUDA_ARCHS: 80, 90a, 120f, 90-ptx."""
+@dataclass(frozen=True)
+class Entry:
+    """Device code of one file for one architecture, which is written as in LOWBIT_CUDA_ARCHS: 80, 90a, 120f, 90-ptx."""
+
+    arch: str
+    data: bytes  # as it is stored
+
+
+def files(path: Path) -> list[list[Entry]]:
+    """What a library holds, one list per compiled file."""
     with path.open("rb") as file:
         section = ELFFile(file).get_section_by_name(".nv_fatbin")
-        return _entries(section.data()) if section else Counter()
+        return list(_files(section.data())) if section else []
 
 
-def _entries(data: bytes) -> Counter[str]:
-    found: Counter[str] = Counter()
+def _files(data: bytes) -> Iterator[list[Entry]]:
     start = data.find(struct.pack("<I", FATBIN_MAGIC))
     while start >= 0:
         _, _, header, size = struct.unpack_from("<IHHQ", data, start)
         entry, end = start + header, start + header + size
+        found = []
         while entry < end:
             kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", data, entry)
             (arch,) = struct.unpack_from("<I", data, entry + 28)
             (flags,) = struct.unpack_from("<Q", data, entry + 40)
             variant = "f" if flags & FAMILY else "a" if flags & ARCH_ONLY else ""
+            code = data[entry + entry_header : entry + entry_header + entry_size]
             if kind in (PTX, MACHINE_CODE):
-                found[f"{arch}{variant}{'-ptx' if kind == PTX else ''}"] += 1
+                found.append(Entry(f"{arch}{variant}{'-ptx' if kind == PTX else ''}", code))
             entry += entry_header + entry_size
+        yield found
         start = data.find(struct.pack("<I", FATBIN_MAGIC), end)
-    return found
+
+
+def device_code(path: Path) -> Counter[str]:
+    """How many entries there are per architecture."""
+    return Counter(entry.arch for file in files(path) for entry in file)
 
 
 def missing_code(path: Path, archs: Iterable[str]) -> list[str]:
@@ -58,23 +73,133 @@ def missing_code(path: Path, archs: Iterable[str]) -> list[str]:
 
     Files that have nothing to do with the features of 90a hold code for plain 90 instead, which runs on the same devices, and
     PTX for the oldest architecture only (cmake/cuda.cmake): what is asked for must be in some file, what runs in its place in
-    all.
+    all. Files for 90a alone are what Hopper has beside that.
     """
     found, archs = device_code(path), list(archs)
-    plain: Counter[str] = Counter()
-    for arch, count in found.items():
-        plain[re.sub("[af]", "", arch)] += count
-    files = max(plain.values(), default=0)
+    general = [file for file in files(path) if [entry.arch for entry in file] != ["90a"]]
+    plain = Counter(re.sub("[af]", "", entry.arch) for file in general for entry in file)
+    count_of_files = max(plain.values(), default=0)
     later_ptx = sorted((arch for arch in archs if arch.endswith("-ptx")), key=lambda arch: int(arch[:-4]))[1:]
     wrong = []
     for arch in archs:
         count = plain[re.sub("[af]", "", arch)]
         if not found[arch]:
             wrong.append(f"{arch}: no file has code for it")
-        elif count != files and arch not in later_ptx:
-            wrong.append(f"{arch}: {count} files of {files} have code for it")
+        elif count != count_of_files and arch not in later_ptx and archs != ["90a"]:
+            wrong.append(f"{arch}: {count} files of {count_of_files} have code for it")
     asked = {*archs, *(re.sub("[af]", "", arch) for arch in archs)}
     return wrong + [f"{arch}: not asked for" for arch in found if arch not in asked]
+
+
+# ---- the instructions of kernels for Hopper ----------------------------------------------------------------------------
+
+#: An instruction of sm_90 is 16 bytes, and its lowest 12 bits say which one. NVIDIA does not document them; `nvdisasm -hex`
+#: prints them beside the names. Where operands are of several kinds, an instruction has several numbers.
+OPCODES = {
+    "HMMA": {0x23C},  # mma.sync
+    "HGMMA": {0x9F0, 0xDF0},  # wgmma of 16-bit numbers, A in shared memory or in registers
+    "QGMMA": {0x9F3, 0xDF3},  # of fp8
+    "IGMMA": {0x9F1, 0xDF1},  # of int8
+    "LDSM": {0x83B},  # ldmatrix
+    "UBLKCP": {0x3BA},  # cp.async.bulk
+    "UTMALDG": {0x5B4},  # cp.async.bulk.tensor
+    "SYNCS": {0x5A7, 0x5B2, 0x9A7},  # mbarrier: arrivals, initialisation, waiting
+    "ARRIVES": {0x9B0},  # cp.async.mbarrier.arrive
+    "UCGABAR": {0x9C7, 0xDC7},  # barrier.cluster
+    "ACQBULK": {0x82E},  # griddepcontrol.wait
+    "PREEXIT": {0x82D},  # griddepcontrol.launch_dependents
+    "USETMAXREG": {0x9C8},  # setmaxnreg
+    "LDL": {0x983},  # local memory: registers that were spilled, arrays that are indexed at run time
+    "STL": {0x387},
+}
+
+
+@dataclass(frozen=True)
+class Design:
+    """What must, and must not, be in the kernels whose names match; and the registers that let as many blocks run as meant."""
+
+    kernels: str
+    has: frozenset[str]
+    lacks: frozenset[str]
+    most_registers: int
+
+
+LOCAL = frozenset({"LDL", "STL"})
+HOPPER = (
+    Design(
+        r"hopper_stream_kernel",
+        frozenset({"HMMA", "LDSM", "UBLKCP", "SYNCS", "ARRIVES", "UCGABAR", "ACQBULK", "PREEXIT"}),
+        LOCAL,
+        128,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's machine code for 90a."""
+
+    kernel: str
+    registers: int
+    instructions: Counter[str]  # of OPCODES
+
+
+def hopper_code(path: Path) -> list[Code]:
+    """The kernels in a library's files for 90a alone, whose machine code is not compressed."""
+    found = []
+    for entry in (file[0] for file in files(path) if [entry.arch for entry in file] == ["90a"]):
+        if not entry.data.startswith(b"\x7fELF"):
+            raise ValueError("a file for 90a is compressed: cmake/cuda.cmake compiles it with --no-compress")
+        found += _kernels(ELFFile(io.BytesIO(entry.data)))
+    return found
+
+
+def _kernels(elf: ELFFile) -> Iterator[Code]:
+    names = {number: name for name, numbers in OPCODES.items() for number in numbers}
+    registers = _registers(elf)
+    for section in elf.iter_sections():
+        if not section.name.startswith(".text."):
+            continue
+        words = struct.unpack(f"<{section.data_size // 8}Q", section.data())
+        instructions = Counter(names[word & 0xFFF] for word in words[::2] if word & 0xFFF in names)
+        kernel = section.name.removeprefix(".text.")
+        yield Code(kernel, registers[kernel], instructions)
+
+
+def _registers(elf: ELFFile) -> dict[str, int]:
+    """Of a thread, by kernel: attributes of number 0x2f in .nv.info are a symbol and a count. (cuobjdump -elf)"""
+    symbols = elf.get_section_by_name(".symtab")
+    data, at, found = elf.get_section_by_name(".nv.info").data(), 0, {}
+    while at < len(data):
+        form, attribute, size = struct.unpack_from("<BBH", data, at)
+        at += 4
+        if form != 4:  # the value stands where the size of others does
+            continue
+        if attribute == 0x2F:
+            symbol, count = struct.unpack_from("<II", data, at)
+            found[symbols.get_symbol(symbol).name] = count
+        at += size
+    return found
+
+
+def departures(kernels: Iterable[Code], designs: Iterable[Design] = HOPPER) -> list[str]:
+    """Where kernels are not as designed, and designs that no kernel follows."""
+    kernels = list(kernels)
+    wrong = []
+    for design in designs:
+        matching = [kernel for kernel in kernels if re.search(design.kernels, kernel.kernel)]
+        if not matching:
+            wrong.append(f"{design.kernels}: there is no such kernel")
+        for kernel in matching:
+            wrong += [f"{kernel.kernel}: no {name}" for name in sorted(design.has) if not kernel.instructions[name]]
+            wrong += [f"{kernel.kernel}: {name}" for name in sorted(design.lacks) if kernel.instructions[name]]
+            if kernel.registers > design.most_registers:
+                wrong.append(f"{kernel.kernel}: {kernel.registers} registers, designed for {design.most_registers}")
+    known = [kernel for kernel in kernels if any(re.search(design.kernels, kernel.kernel) for design in designs)]
+    return wrong + [f"{kernel.kernel}: no design says what it is" for kernel in kernels if kernel not in known]
+
+
+# ---- registers and spills, of all architectures ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,13 @@ class TestDeviceCode:
         machine_code = {re.sub("[af]", "", arch) for arch in archs if not arch.endswith("-ptx")}
         assert {re.sub("[af]", "", kernel.arch) for kernel in kernels} == machine_code
         found = {match[1] for kernel in kernels if (match := cuda_audit.HOT.search(kernel.kernel))}
-        assert found == {"stream", "matrix", "a8", "grad"}
+        assert found == {"stream", "matrix", "a8", "grad", *(["hopper"] if "90a" in archs else [])}
         assert cuda_audit.spills(kernels) == []
+
+    def test_kernels_for_hopper_are_made_of_the_instructions_meant(self, library, archs):
+        if "90a" not in archs:
+            absent(f"the library is for {' '.join(archs)}, which Hopper's instructions are not in")
+        assert cuda_audit.departures(cuda_audit.hopper_code(library)) == []
 
 
 # ---- it loads and registers ------------------------------------------------------------------------------------------
@@ -200,17 +205,68 @@ class TestPlanted:
         )
         assert len(cuda_audit.spills(cuda_audit.resources(log))) == 1
 
-    def test_missing_architecture(self, tmp_path):
+    @staticmethod
+    def compiled(folder: Path, text: str, *flags: str) -> Path:
         nvcc = shutil.which("nvcc")
         if nvcc is None:
             absent("nvcc is not in PATH")
-        (tmp_path / "one.cu").write_text("__global__ void one(int* x) { *x = 1; }\n")
-        flags = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=[sm_90a]"]
-        target = tmp_path / "libone.so"
-        command = [nvcc, *flags, "-shared", "-Xcompiler=-fPIC", str(tmp_path / "one.cu"), "-o", str(target)]
+        (folder / "one.cu").write_text(text)
+        target = folder / "libone.so"
+        command = [nvcc, *flags, "-shared", "-Xcompiler=-fPIC", str(folder / "one.cu"), "-o", str(target)]
         subprocess.run([*command, "-ccbin", compiler(), "-cudart=none"], check=True)
+        return target
+
+    def test_missing_architecture(self, tmp_path):
+        flags = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=[sm_90a]"]
+        target = self.compiled(tmp_path, "__global__ void one(int* x) { *x = 1; }\n", *flags)
         assert cuda_audit.missing_code(target, ["80", "90a", "80-ptx"]) == []
         assert cuda_audit.missing_code(target, ["80", "90a", "120f"]) == [
             "120f: no file has code for it",
             "80-ptx: not asked for",
         ]
+
+    def test_a_kernel_for_hopper_that_is_not_as_designed(self, tmp_path):
+        """Instructions that are there, that are missing and that are there by mistake; too many registers."""
+        text = HOPPER % "numbers[threadIdx.x]"
+        target = self.compiled(tmp_path, text, HOPPER_CODE, "--no-compress")
+        (kernel,) = cuda_audit.hopper_code(target)
+        expected = frozenset({"SYNCS", "UCGABAR", "ACQBULK"})
+        assert {name: kernel.instructions[name] for name in expected} == {"SYNCS": 2, "UCGABAR": 2, "ACQBULK": 1}
+        assert kernel.instructions["STL"] >= 32 and kernel.instructions["LDL"] == 1
+
+        def design(has=expected, lacks=frozenset(), registers=64):
+            return [cuda_audit.Design("hopper_kernel", frozenset(has), frozenset(lacks), registers)]
+
+        assert cuda_audit.departures([kernel], design()) == []
+        assert cuda_audit.departures([kernel], design(has={"HGMMA"})) == ["hopper_kernel: no HGMMA"]
+        assert cuda_audit.departures([kernel], design(lacks=cuda_audit.LOCAL)) == [
+            "hopper_kernel: LDL",
+            "hopper_kernel: STL",
+        ]
+        assert cuda_audit.departures([kernel], design(registers=8)) == [
+            f"hopper_kernel: {kernel.registers} registers, designed for 8"
+        ]
+        assert cuda_audit.departures([kernel], []) == ["hopper_kernel: no design says what it is"]
+        assert cuda_audit.departures([], design()) == ["hopper_kernel: there is no such kernel"]
+        assert cuda_audit.missing_code(target, ["90a"]) == []
+
+    def test_machine_code_that_cannot_be_read(self, tmp_path):
+        target = self.compiled(tmp_path, HOPPER % "numbers[0]", HOPPER_CODE, "--compress-mode=size")
+        with pytest.raises(ValueError, match="a file for 90a is compressed"):
+            cuda_audit.hopper_code(target)
+
+
+HOPPER_CODE = "-gencode=arch=compute_90a,code=[sm_90a]"
+HOPPER = """\
+extern "C" __global__ void hopper_kernel(float* x) {
+  __shared__ unsigned long long barrier;
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(&barrier));
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%%0], 1;" ::"r"(at) : "memory");
+  asm volatile("barrier.cluster.arrive.aligned;\\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%%0];" ::"r"(at) : "memory");
+  volatile float numbers[128];
+  for (int i = 0; i < 128; ++i) numbers[i] = x[i];
+  x[threadIdx.x] = %s;
+}
+"""

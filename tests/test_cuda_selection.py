@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,44 @@ def test_batch_invariant_shares_nothing() -> None:
     assert ", shared," in split, split
 
 
+def test_kernels_for_hopper_stand_aside_until_they_are_measured() -> None:
+    """And can be forced on Hopper, nowhere else; their plan says how the work is cut."""
+    int4 = cuda_desc(Spec("int4", "none", 128, "bfloat16"))
+    args = ("gemm", "sm_90", 1, 8192, 8192, int4, "bfloat16", 0)
+    reasons = dict(_C.explain(*args))
+    assert reasons["cuda_hopper_stream_m8_sm_90"].startswith("unmeasured: stands aside until bench/sweep.py")
+    assert reasons["cuda_stream_m8_sm_80"] == ""
+    for device in ("sm_80", "sm_89", "sm_100", "sm_120"):
+        reasons = dict(_C.explain("gemm", device, 1, 8192, 8192, int4, "bfloat16", 0))
+        assert reasons["cuda_hopper_stream_m8_sm_90"] == f"needs sm_90, the device is {device}"
+    _C.force_kernel("hopper_stream_m8")
+    text = _C.describe_config(*args)
+    for words in ("clusters of", "stages", "KB in flight per multiprocessor", "97% busy", "workspace 0 bytes"):
+        assert words in text, text
+    # Few rows of W: K is cut, and no multiprocessor is left without work.
+    assert "clusters of 8, " in _C.describe_config("gemm", "sm_90", 1, 1024, 8192, int4, "bfloat16", 0)
+    _C.force_kernel("hopper_stream_m16:4x2")
+    text = _C.describe_config("gemm", "sm_90", 16, 8192, 8192, int4, "bfloat16", 0)
+    assert text.startswith("hopper_stream_m16: tiles of 256 x 16, ") and "clusters of 2, " in text, text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_for_every_weight(kind: str) -> None:
+    """Whatever a tile holds, two stages fit; a stage has the same readers every time round; no block is without tiles."""
+    format, zero_kind, scaling = KINDS[kind]
+    for group in (128,) if scaling == "block128" else (16, 48, 128, -1):
+        desc = cuda_desc(Spec(format, zero_kind, group, "float32", scaling))
+        for kernel, M in (("hopper_stream_m8", 1), ("hopper_stream_m16", 16)):
+            for N, K in ((64, 128), (1024, 8192), (4096, 4096), (8192, 28672), (130, 400)):
+                _C.force_kernel(kernel)
+                text = _C.describe_config("gemm", "sm_90", M, N, K, desc, "bfloat16", 0)
+                found = re.search(r"tiles of (\d+) x .* clusters of (\d+), (\d+) stages, (\d+) bytes shared", text)
+                assert found, text
+                rows, cluster, stages, shared = map(int, found.groups())
+                assert stages >= 2 and stages % (4 * 64 // rows) == 0 and shared <= 227 * 1024, text
+                assert cluster <= -(-K // 128), text
+
+
 def test_explain_takes_devices_that_are_not_here() -> None:
     answer = explain("gemm", M=1, device="sm_86", **GEMM)
     assert answer.chosen == "cuda_stream_m8_sm_80" and not answer.general
@@ -169,7 +208,7 @@ def test_force_kernel() -> None:
     ):
         _C.describe_config("gemm", "sm_90", 1, 64, 48, odd, "bfloat16", 0)
     assert not any(not reason for _, reason in _C.explain("gemm", "sm_90", 1, 64, 48, odd, "bfloat16", 0))
-    with pytest.raises(ValueError, match="kernel 'fast' is not one of the CUDA kernels: stream_m8, "):
+    with pytest.raises(ValueError, match="kernel 'fast' is not one of the CUDA kernels: hopper_stream_m8, "):
         _C.force_kernel("fast")
     assert _C.forced_kernel() == "matrix_m64"
     _C.force_kernel("")

@@ -32,7 +32,7 @@ constexpr Model kModels[] = {
 
 DeviceInfo info_of(const Model& model, int sms) {
   const int64_t shared = int64_t{model.shared_kb} * 1024;
-  return {model.capability, sms, shared - 1024, shared};
+  return {model.capability, sms, shared - 1024, shared, model.capability == 90};
 }
 
 // A later device of a known generation has at least the shared memory of the nearest one below.
@@ -76,6 +76,7 @@ DeviceInfo device_model(const std::string& name) {
       "' is not cuda, sm_<capability> or sm_<capability>:<multiprocessors>, such as sm_90:132");
   DeviceInfo device = info_of(nearest(capability), sms == 0 ? nearest(capability).sms : sms);
   device.capability = capability;
+  device.hopper = capability == 90;
   check_capability(concat("device='", name, "'").c_str(), device);
   return device;
 }

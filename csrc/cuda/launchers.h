@@ -72,6 +72,7 @@ void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, vo
                          int64_t columns, Stream stream);
 
 // One function per row of the kernel table (select.h). `tile` is the row's index in kTiles (tiles.h).
+void launch_hopper_stream(const GemmParams& p, int tile, Stream stream);  // for sm_90a
 void launch_stream(const GemmParams& p, int tile, Stream stream);
 void launch_matrix(const GemmParams& p, int tile, Stream stream);
 void launch_a8_int(const GemmParams& p, int tile, Stream stream);

@@ -19,6 +19,12 @@ Config choose(const char* op, const Problem& problem, const Weight& weight,
 void launch_kernel(const Config& config, const GemmParams& p, Stream stream) {
   const int tile = config.row->tile;
   switch (config.row->shape().kernel) {
+    case Kernel::kHopperStream:
+#if defined(LOWBIT_HOPPER)
+      return launch_hopper_stream(p, tile, stream);
+#else
+      fail("no code for sm_90a in this build");  // not reached: selection knows
+#endif
     case Kernel::kStream:
       return launch_stream(p, tile, stream);
     case Kernel::kMatrix:
@@ -50,7 +56,8 @@ void run(const char* op, Problem problem, const Weight& weight, RowsParams x, Ou
   problem.x_aligned = is_aligned(x);
   const Config config = choose(op, problem, weight, scope.device());
   const Workspace memory(op, config, workspace, place, scope.stream());
-  GemmParams p{weight.params, x, y, config.schedule, config.stages};
+  GemmParams p{weight.params,        x, y, config.schedule, config.stages, config.hopper.strips,
+               config.hopper.cluster};
   if (config.shares_tiles) {
     p.schedule.counters = memory.counters();
     p.schedule.partials = reinterpret_cast<float*>(memory.partials());

@@ -75,6 +75,7 @@ struct GemmParams {
   Schedule schedule;
   int32_t
       stages;  // of the ring in shared memory, for kernels that let the device decide (stages.h)
+  int32_t strips, cluster;  // of the Hopper kernels: hopper_plan.h
 };
 
 }  // namespace lowbit::cuda

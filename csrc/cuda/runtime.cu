@@ -55,6 +55,9 @@ DeviceInfo ask(int device) {
   info.sm_count = attribute(cudaDevAttrMultiProcessorCount, device);
   info.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   info.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+#if defined(LOWBIT_HOPPER)
+  info.hopper = info.capability == 90;
+#endif
   return info;
 }
 

@@ -30,6 +30,7 @@ struct DeviceInfo {
   int sm_count;
   int64_t shared_per_block;  // the most that a block may opt in to
   int64_t shared_per_sm;
+  bool hopper;  // runs code for sm_90a, and this build has some
 };
 const DeviceInfo& device_info(int device);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -74,11 +75,17 @@ struct Family {
   int capability;
   const char* takes;
   bool (*refuse)(const Problem&, const CudaTile64&, const Why&);
+  bool hopper = false;
 };
 
 constexpr const char* kEverything = "everything";
 
 constexpr Family kFamilies[] = {
+    {Kernel::kHopperStream, 90,
+     "few rows of bf16 or fp16 x on sm_90, groups in multiples of 16: weights copied in bulk, K "
+     "cut "
+     "among the blocks of a cluster",
+     refuse_16_bit, true},
     {Kernel::kStream, 80,
      "few rows of bf16 or fp16 x, groups in multiples of 16: weights read once, decoded in "
      "registers",
@@ -107,6 +114,7 @@ bool is_general(Kernel kernel) {
 
 std::vector<Op> ops_of(Kernel kernel) {
   switch (kernel) {
+    case Kernel::kHopperStream:
     case Kernel::kStream:
     case Kernel::kMatrix:
       return {Op::kGemm};
@@ -135,6 +143,15 @@ Residency fit(const KernelRow& row, const CudaTile64& weight, const DeviceInfo& 
   return residency(row.shape(), weight, device.shared_per_block, device.shared_per_sm);
 }
 
+// Forced by force_kernel("hopper_stream_m8:2x4"): strips and, in the high half, the cluster.
+std::atomic<int32_t> forced_plan{0};
+
+HopperPlan plan(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+                const DeviceInfo& device) {
+  const int32_t wish = forced_plan.load(std::memory_order_acquire);
+  return plan_hopper(row.shape(), p.M, weight, device, {wish & 0xffff, wish >> 16});
+}
+
 // ---- cutting the work --------------------------------------------------------------------------------------------------
 
 // The rows of a grad tile are columns of dx, and its steps run over N.
@@ -160,12 +177,8 @@ double efficiency_of(const Schedule& s, int64_t slots) {
 
 int64_t piece(int64_t bytes) { return round_up(bytes, 256); }
 
-Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weight,
-                 const DeviceInfo& device) {
-  Config config{};
-  config.row = &row;
-  config.efficiency = 1.0;
-  if (row.general) return config;
+void cut_ranges(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+                const DeviceInfo& device, Config& config) {
   const Tile& tile = row.shape();
   const Residency resident = fit(row, weight, device);
   config.stages = resident.stages;
@@ -176,6 +189,41 @@ Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weigh
   config.shares_tiles = shares_tiles(config.schedule);
   if (config.shares_tiles)
     config.partial_bytes = piece(int64_t{2} * config.schedule.blocks * tile.rows * tile.tokens * 4);
+}
+
+void cut_hopper(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+                const DeviceInfo& device, Config& config) {
+  const Tile& tile = row.shape();
+  const HopperPlan& chosen = config.hopper = plan(row, p, weight, device);
+  config.stages = chosen.stages;
+  config.shared_bytes = chosen.shared_bytes;
+  const int64_t blocks = hopper_blocks(tile, p.M, weight, chosen);
+  LOWBIT_CHECK(blocks < (int64_t{1} << 31), "M=", p.M, " N=", p.N, " K=", p.K,
+               " makes more tiles than one launch takes");
+  Schedule& s = config.schedule;
+  s.tiles_n = static_cast<int32_t>(div_up(weight.strips, chosen.strips));
+  s.tiles_m = static_cast<int32_t>(div_up(p.M, tile.tokens));
+  s.steps_per_tile = static_cast<int32_t>(weight.tiles);
+  s.blocks = static_cast<int32_t>(blocks);
+  s.total = int64_t{s.tiles_n} * s.tiles_m * s.steps_per_tile;
+  // Tiles of weights, over those that all multiprocessors could read until the last block is done.
+  const int64_t longest =
+      div_up(blocks, device.sm_count) * chosen.strips * div_up(weight.tiles, chosen.cluster);
+  config.efficiency = static_cast<double>(weight.strips * s.tiles_m * weight.tiles) /
+                      static_cast<double>(longest * device.sm_count);
+}
+
+Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+                 const DeviceInfo& device) {
+  Config config{};
+  config.row = &row;
+  config.efficiency = 1.0;
+  if (row.general) return config;
+  if (row.hopper) {
+    cut_hopper(row, p, weight, device, config);
+  } else {
+    cut_ranges(row, p, weight, device, config);
+  }
   const bool gathers = p.desc.has_perm && p.op != Op::kGradInput;
   config.prepares = gathers || !p.x_aligned;
   const int64_t columns = p.op == Op::kGradInput ? p.N : p.K;
@@ -209,28 +257,49 @@ bool refuse_order(const KernelRow& row, const Problem& p, const Why& why) {
 // Whether the kernel cannot run the problem on the device.
 bool refuses(const KernelRow& row, const Problem& p, const CudaTile64& weight,
              const DeviceInfo& device, const Why& why) {
-  if (device.capability < row.capability)
+  if (device.capability < row.capability || (row.hopper && device.capability != row.capability))
     return why("needs sm_", row.capability, ", the device is sm_", device.capability);
+  if (row.hopper && !device.hopper) return why("this build has no code for 90a");
   if (row.refuse(p, weight, why) || refuse_order(row, p, why)) return true;
-  if (!row.general && fit(row, weight, device).blocks_per_sm == 0)
-    return why("a block's shared memory, ", device.shared_per_block / 1024,
-               " KB on the device, does not hold its tiles");
-  return false;
+  if (row.hopper) {
+    const int32_t cluster = forced_plan.load(std::memory_order_acquire) >> 16;
+    if (cluster > weight.tiles)
+      return why("clusters of ", cluster, " blocks have no share each in the ", weight.tiles,
+                 " tiles of K=", p.K);
+    if (plan(row, p, weight, device).strips > 0) return false;
+  } else if (row.general || fit(row, weight, device).blocks_per_sm > 0) {
+    return false;
+  }
+  return why("a block's shared memory, ", device.shared_per_block / 1024,
+             " KB on the device, does not hold its tiles");
 }
 
 // Whether it leaves the problem to a faster one.
 bool defers(const KernelRow& row, const Problem& p, const Why& why) {
   const Tuning* tuning = tuning_of(row.shape());
-  if (tuning == nullptr || p.M <= tuning->most_rows) return false;
-  return why("M=", p.M, " exceeds ", tuning->most_rows, " (", tuning->because, ")");
+  if (tuning == nullptr) return false;
+  if (p.M > tuning->most_rows)
+    return why("M=", p.M, " exceeds ", tuning->most_rows, " (", tuning->because, ")");
+  return row.hopper && why(kUnmeasured);
 }
 
 // Null: not forced. The pointer is to a name in kTiles.
 std::atomic<const char*> forced{nullptr};
 std::atomic<bool> environment_read{false};
 
-const char* find_name(const std::string& name) {
+// The kernel of a name, and the plan that may stand behind it.
+const char* find_name(const std::string& given, int32_t& wish) {
   std::string known;
+  const std::string name = given.substr(0, given.find(':'));
+  int strips = 0, cluster = 0, length = 0;
+  if (name.size() < given.size()) {
+    const char* const text = given.c_str() + name.size();
+    const bool valid = std::sscanf(text, ":%1dx%1d%n", &strips, &cluster, &length) == 2 &&
+                       text[length] == 0 && strips >= 1 && cluster >= 1;
+    LOWBIT_CHECK(valid && name.compare(0, 14, "hopper_stream_") == 0, "kernel '", given,
+                 "': only those that stream on Hopper take a plan, such as hopper_stream_m8:2x4");
+  }
+  wish = cluster << 16 | strips;
   for (const Tile& tile : kTiles) {
     if (name == tile.name) return tile.name;
     if (known.find(tile.name) == std::string::npos)
@@ -242,7 +311,9 @@ const char* find_name(const std::string& name) {
 const char* forced_name() {
   if (!environment_read.load(std::memory_order_acquire)) {
     const char* value = std::getenv("LOWBIT_KERNEL");
-    if (value != nullptr && *value != '\0') forced.store(find_name(value));
+    int32_t wish = 0;
+    if (value != nullptr && *value != '\0') forced.store(find_name(value, wish));
+    forced_plan.store(wish, std::memory_order_release);
     environment_read.store(true, std::memory_order_release);
   }
   return forced.load(std::memory_order_acquire);
@@ -295,8 +366,8 @@ const std::vector<KernelRow>& kernel_table() {
       for (const Family& family : kFamilies) {
         if (family.kernel != kTiles[i].kernel) continue;
         for (Op op : ops_of(family.kernel)) {
-          rows.push_back(
-              {op, i, family.capability, is_general(family.kernel), family.takes, family.refuse});
+          rows.push_back({op, i, family.capability, is_general(family.kernel), family.hopper,
+                          family.takes, family.refuse});
         }
       }
     }
@@ -311,7 +382,9 @@ Config select(const Problem& p, const CudaTile64& weight, const DeviceInfo& devi
 }
 
 void force_kernel(const std::string& name) {
-  const char* found = name.empty() ? nullptr : find_name(name);
+  int32_t wish = 0;
+  const char* found = name.empty() ? nullptr : find_name(name, wish);
+  forced_plan.store(wish, std::memory_order_release);
   environment_read.store(true, std::memory_order_release);
   forced.store(found, std::memory_order_release);
 }
@@ -393,6 +466,16 @@ std::string to_string(const Config& c) {
   std::ostringstream percent;
   percent.precision(0);
   percent << std::fixed << 100 * c.efficiency;
+  if (c.row->hopper) {
+    const HopperPlan& plan = c.hopper;
+    return concat(t.name, ": tiles of ", plan.strips * t.rows, " x ", t.tokens, ", steps of ",
+                  t.step, ", ", t.warps(), " warps and one that copies, clusters of ", plan.cluster,
+                  ", ", c.stages, " stages, ", c.shared_bytes, " bytes shared; ", s.tiles_n, " x ",
+                  s.tiles_m, " tiles of ", s.steps_per_tile, " steps on ", s.blocks, " blocks, ",
+                  plan.in_flight / 1024, " KB in flight per multiprocessor, ", percent.str(),
+                  "% busy; workspace ", c.workspace_bytes, " bytes",
+                  c.prepares ? ", x copied" : "");
+  }
   return concat(t.name, ": tiles of ", t.rows, " x ", t.tokens, ", steps of ", t.step, ", ",
                 t.warps(), " warps, ", c.stages, " stages, ", c.shared_bytes, " bytes shared; ",
                 s.tiles_n, " x ", s.tiles_m, " tiles of ", s.steps_per_tile, " steps on ", s.blocks,

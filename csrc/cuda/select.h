@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/problem.h"
+#include "cuda/hopper_plan.h"
 #include "cuda/params.h"
 #include "cuda/runtime.h"
 #include "cuda/tiles.h"
@@ -31,6 +32,7 @@ struct KernelRow {
   int tile;        // index in kTiles
   int capability;  // the least that it runs on
   bool general;    // takes everything; LOWBIT_STRICT=1 refuses to run it
+  bool hopper;     // runs on that capability only, and is in builds that have code for 90a
   const char* takes;
   // Whether the kernel cannot run the problem at all; fills in why.
   bool (*refuse)(const Problem& problem, const CudaTile64& weight, const Why& why);
@@ -55,6 +57,7 @@ struct Config {
   Schedule schedule;
   bool shares_tiles;      // some tile is summed by several blocks: counters and partials are needed
   bool prepares;          // rows of x are copied into the workspace first
+  HopperPlan hopper;      // of the row's kind; else empty
   int stages;             // of a block's ring in shared memory
   int64_t shared_bytes;   // of a block
   int64_t partial_bytes;  // sums of shared tiles
@@ -71,7 +74,8 @@ LOWBIT_API Config select(const Problem& problem, const CudaTile64& weight,
                          const DeviceInfo& device);
 
 // Restricts selection to the row of this name in every op that has one, until called with "". Rows that merely stand
-// aside for a faster one then run; those that cannot still refuse. LOWBIT_KERNEL in the environment does the same.
+// aside for a faster one then run; those that cannot still refuse. LOWBIT_KERNEL in the environment does the same. The
+// decode kernels for Hopper take a plan behind their name: "hopper_stream_m8:2x4" has 2 strips, and clusters of 4 blocks.
 LOWBIT_API void force_kernel(const std::string& name);
 LOWBIT_API std::string forced_kernel();
 

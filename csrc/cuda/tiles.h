@@ -7,6 +7,7 @@
 namespace lowbit::cuda {
 
 enum class Kernel : int {
+  kHopperStream,
   kStream,
   kMatrix,
   kA8Int,
@@ -34,6 +35,8 @@ struct Tile {
 // In order of preference within a kernel: the smallest M first.
 inline constexpr Tile kTiles[] = {
     //  kernel            name            rows tokens step  n  m  k  stages blocks
+    {Kernel::kHopperStream, "hopper_stream_m8", 64, 8, 128, 1, 1, 4, 24, 3},
+    {Kernel::kHopperStream, "hopper_stream_m16", 64, 16, 128, 1, 1, 4, 24, 3},
     {Kernel::kStream, "stream_m8", 64, 8, 64, 1, 1, 8, 4, 2},
     {Kernel::kStream, "stream_m16", 64, 16, 64, 1, 1, 8, 4, 2},
     {Kernel::kMatrix, "matrix_m32", 256, 32, 64, 4, 1, 2, 4, 1},

@@ -24,6 +24,8 @@ inline constexpr const char* kDecodesOnce =
 
 inline constexpr Tuning kTuning[] = {
     // tile          most rows  steps sharers
+    {"hopper_stream_m8", 8, 1, 8, kDecodesAgain},
+    {"hopper_stream_m16", 16, 1, 8, kDecodesAgain},
     {"stream_m8", 8, 8, 16, kDecodesAgain},
     {"stream_m16", 16, 8, 16, kDecodesAgain},
     {"matrix_m32", 32, 8, 8, kDecodesOnce},
@@ -37,5 +39,20 @@ inline constexpr Tuning kTuning[] = {
     {"a8_decode_m64", kAnyRows, 8, 8, "unmeasured: partial sums are 32 KB each way"},
     {"grad_m64", kAnyRows, 8, 8, "unmeasured: partial sums are 32 KB each way"},
 };
+
+// What the decode kernel for Hopper weighs when it cuts a problem (hopper_plan.cpp), in bytes of weights that could be read
+// meanwhile. Unmeasured: 4.3 TB/s are 33 bytes per nanosecond and multiprocessor.
+struct HopperTuning {
+  double token_bytes;    // a byte of x, from the L2
+  double block_bytes;    // starting a block, and its last stores
+  double cluster_bytes;  // each doubling of a cluster: its barriers, and its exchange
+  double lone_block;     // reading slows by this where a multiprocessor has a single block
+};
+inline constexpr HopperTuning kHopperTuning = {0.5, 8192, 4096, 1.2};
+
+// Kernels for Hopper have run in the emulator only, and a mistake that it cannot show may hang a device. They stand aside,
+// where nothing forces them, until a sweep (bench/sweep.py) has found them right and faster on one.
+inline constexpr const char* kUnmeasured =
+    "unmeasured: stands aside until bench/sweep.py has compared it on such a device";
 
 }  // namespace lowbit::cuda

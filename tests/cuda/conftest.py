@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import problems
 from backends import BACKEND, Device
 from emulator.build import BuildError
 from emulator.library import Emulator
@@ -26,9 +27,13 @@ def _backend() -> Emulator | Device:
 
 
 @pytest.fixture
-def backend(_backend: Emulator | Device) -> Iterator[Emulator | Device]:
+def backend(request: pytest.FixtureRequest, _backend: Emulator | Device) -> Iterator[Emulator | Device]:
     """Ops, and the device they run on; whatever a test sets is undone."""
     _backend.reset()
+    callspec = getattr(request.node, "callspec", None)
+    kernel = callspec.params.get("kernel", "") if callspec else ""
+    if not problems.runs_on(kernel, _backend.model):
+        pytest.skip(f"{kernel} is not for {_backend.model}")
     yield _backend
     _backend.reset()
 

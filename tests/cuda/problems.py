@@ -23,6 +23,9 @@ A16 = [row["name"] for row in _C.kernel_table() if row["backend"] == "cuda" and 
 A8 = [row["name"] for row in _C.kernel_table() if row["backend"] == "cuda" and row["op"] == "gemm_a8"]
 GRAD = [row["name"] for row in _C.kernel_table() if row["backend"] == "cuda" and row["op"] == "gemm_grad_input"]
 
+#: Of those, the kernels for few rows: codes are multiplied as 16-bit numbers, and the scale comes after.
+FEW = [name for name in A16 if "stream_m" in name]
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -34,6 +37,11 @@ def forced(kernel: str) -> Iterator[None]:
         yield
     finally:
         _C.force_kernel("")
+
+
+def runs_on(kernel: str, model: str) -> bool:
+    """Whether a device is one that the kernel is for. The emulator is one by default."""
+    return not kernel.startswith("hopper") or model.startswith("sm_90")
 
 
 def cuda_desc(spec: Spec) -> int:

@@ -300,6 +300,9 @@ void mbarrier_arrive(uint64_t* barrier, Site at) {
   find(*thread.block, barrier, "mbarrier_arrive", at);
   thread.block->async.forget_reader(thread);
   fail_if(thread.block->async.arrive(barrier), at);
+  // Who waited for this may be faster than the other lanes of this warp.
+  Block& block = *thread.block;
+  if (block.settings.threads == Order::kRandom && block.random.below(2) == 0) give_way();
 }
 
 void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes, Site at) {

@@ -223,7 +223,8 @@ const DeviceInfo& device_info(int device) {
   LOWBIT_CHECK(device == 0 || device == -1, "the emulator has one device, asked for ", device);
   static thread_local DeviceInfo info;
   const emulator::Settings& all = emulator::settings();
-  info = {all.capability, all.sm_count, all.shared_per_block, all.shared_per_sm};
+  info = {all.capability, all.sm_count, all.shared_per_block, all.shared_per_sm,
+          all.capability == 90};
   return info;
 }
 

@@ -319,6 +319,11 @@ void meet_some(int number, int threads, Site at) {
   }
 }
 
+void give_way() {
+  Thread& thread = this_thread();
+  switch_context(thread.context, thread.block->main);
+}
+
 void sleep_thread(Site at) {
   Thread& thread = this_thread();
   thread.state = State::kWaiting;

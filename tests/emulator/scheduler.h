@@ -154,6 +154,8 @@ void meet(const Collective& collective, void* operands, Site at);
 void meet_block(Site at);
 // `threads` of the block, at its barrier `number`.
 void meet_some(int number, int threads, Site at);
+// Lets the block decide which warp is next, though this one could go on.
+void give_way();
 // Waits until somebody wakes this thread.
 void sleep_thread(Site at);
 void wake_thread(Thread& thread);

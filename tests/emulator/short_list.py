@@ -87,6 +87,11 @@ def gemm_cases(kernel: str) -> list[Case]:
     cases = [gemm(kernel, spec, M, *shape) for spec, M, shape in zip(specs, rows, SHAPES, strict=True)]
     if kernel == "general":
         cases.append(gemm(kernel, NF4, 3, 70, 104, 2))
+    if kernel.startswith("hopper_stream_m"):
+        # More tiles than stages, so that stages are refilled, by blocks of a cluster and by one alone; three strips.
+        cases += [
+            gemm(f"{kernel}:{plan}", INT4, 3, 150, K, 4) for plan, K in (("1x1", 2200), ("2x4", 4400), ("4x2", 1300))
+        ]
     return cases
 
 

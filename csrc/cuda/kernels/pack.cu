@@ -141,6 +141,10 @@ __global__ void __launch_bounds__(kPackThreads)
   write_padding(w, place, strip);
 }
 
+// A launch that reads weights while the launch before it ends (LaunchOptions, runtime.h) must not find the one there that
+// writes them. This one is, and does nothing.
+__global__ void pack_end_kernel() {}
+
 struct Pack {
   const CanonicalParams& c;
   const WeightParams& w;
@@ -161,6 +165,7 @@ void launch_pack(const CanonicalParams& from, const WeightParams& w, uint8_t* to
   if (from.perm != nullptr)
     copy_perm("pack_perm", from.perm, reinterpret_cast<int32_t*>(to + w.strips * w.strip_bytes),
               w.K, stream);
+  launch("pack_end", pack_end_kernel, Grid{1}, 32, 0, stream);
 }
 
 }  // namespace lowbit::cuda

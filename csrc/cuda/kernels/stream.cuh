@@ -9,9 +9,7 @@
 // waits for them and refills what it has read, without ever waiting for another warp. What is in flight is then up to
 // 16 warps x 3 steps x 2 KB of codes on a multiprocessor: twice what latency x bandwidth asks for on an H200.
 //
-// Weights are mma's A operand, 16 output rows, and tokens its B operand, 8 columns: one mma per 16 x 16 weights serves up
-// to eight tokens, and no decoded weight is wasted. Codes are multiplied as exact 16-bit numbers. A group's fp32 sums are
-// multiplied by its scale, which costs 1/8 of an instruction per weight with 8 tokens and rounds nothing.
+// What a warp makes of a step is in step_sums.cuh.
 //
 // After the last step the warps' sums are added in the order of warps, then, where blocks share the strip, the blocks'
 // sums in the order of K. Both orders are fixed: the same call gives the same bits.
@@ -27,6 +25,7 @@
 #include "cuda/scales.cuh"
 #include "cuda/schedule.cuh"
 #include "cuda/stages.h"
+#include "cuda/step_sums.cuh"
 #include "cuda/warp_sums.cuh"
 
 namespace lowbit::cuda {
@@ -35,9 +34,8 @@ namespace lowbit::cuda {
 template <Format kFormat, class T, int kTokens, int kWarps>
 class StreamWarp {
  public:
-  static constexpr int kBlocks8 = kTokens / 8;  // of tokens, as mma takes them
-  using Words = typename Codec<kFormat>::Words;
-  using Sums = float[kFragments][kBlocks8][4];
+  using Step = StepSums<kFormat, T, kTokens, kStepCells>;
+  using Sums = typename Step::Sums;
 
   __device__ StreamWarp(const GemmParams& p, const StageLayout& layout)
       : p_(p),
@@ -47,15 +45,12 @@ class StreamWarp {
         ring_(dynamic_shared() + warp_ * p.stages * layout.bytes),
         strip_(p.w, layout, lane_),
         tokens_(p.x, p.w.K, lane_),
-        group_of_(p.w),
-        cells_((p.w.K + kCellK - 1) / kCellK),
-        scale_sums_(!Codec<kFormat>::kInteger || !has_fractions(p.w)),
-        one_group_(scale_sums_ && (p.w.groups == 1 || p.w.group_size % kStep == 0)) {}
+        step_(p.w, lane_) {}
 
   // sums[fragment][8 tokens][register of D] = this warp's steps of the segment.
   __device__ void multiply(const Segment& segment, Sums& sums) {
-    clear(sums);
-    if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
+    Step::clear(sums);
+    step_.start();
     tokens_.start(segment.tile_m * kTokens, ring_ + layout_.x, p_.stages, layout_.bytes);
     int fetched = segment.first + warp_;
     Source from{strip_.tile(segment.tile_n, fetched),
@@ -77,7 +72,8 @@ class StreamWarp {
         --ahead;
         continue;
       }
-      multiply_step(read, step, sums);
+      step_.add_step({read, read + layout_.x, group_rows(p_.w, layout_, read, 0, 0)},
+                     step * kStepCells, sums);
       advance(read);
       step += kWarps;
     }
@@ -87,17 +83,6 @@ class StreamWarp {
   __device__ int lane() const { return lane_; }
 
  private:
-  static __device__ void clear(Sums& sums) {
-#pragma unroll
-    for (int i = 0; i < kFragments; ++i) {
-#pragma unroll
-      for (int b = 0; b < kBlocks8; ++b) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) sums[i][b][r] = 0.0f;
-      }
-    }
-  }
-
   __device__ void advance(uint8_t*& stage) const {
     stage += layout_.bytes;
     if (stage == ring_ + p_.stages * layout_.bytes) stage = ring_;
@@ -121,122 +106,13 @@ class StreamWarp {
     from.row += kWarps * kStep * 2;
   }
 
-  // B fragments of some cells. A matrix of ldmatrix is 8 tokens x 8 k, two of them are a fragment, four come at
-  // once: of two cells with 8 tokens, of one with 16. With 8 tokens and one cell the other two are thrown away.
-  template <int kCells>
-  __device__ void load_tokens(const uint8_t* x, int c, uint32_t (&b)[kCells][kBlocks8][2]) const {
-    const int matrix = lane_ / 8, half = matrix % 2, other = matrix / 2;
-#pragma unroll
-    for (int j = 0; j < kCells * kBlocks8; j += 2) {
-      uint32_t four[4];
-      if constexpr (kBlocks8 == 2) {
-        ptx::ldmatrix_x4(four, x + swizzled(lane_ % 8 + 8 * other, 2 * (c + j / 2) + half));
-      } else {
-        const int cell = c + j + (kCells == 1 ? 0 : other);
-        ptx::ldmatrix_x4(four, x + swizzled(lane_ % 8, 2 * cell + half));
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int at = j + r / 2;
-        if (at < kCells * kBlocks8) b[at / kBlocks8][at % kBlocks8][r % 2] = four[r];
-      }
-    }
-  }
-
-  __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {
-    const int begin = step * kStepCells;
-    if (one_group_ && begin + kStepCells <= cells_) {
-      const GroupRows rows = group_rows(p_.w, layout_, stage, 0, 0);
-      if (p_.w.zero_kind == ZeroKind::kInt)
-        load_zeros<kFormat, T>(p_.w, rows.zeros, lane_ / 4, zeros_);
-      Sums part;
-      clear(part);
-      constexpr int at_once = kBlocks8 == 1 ? kStepCells : 1;  // as registers allow
-#pragma unroll 1
-      for (int c = 0; c < kStepCells; c += at_once)
-        multiply_cells<at_once, true>(stage, c, rows, part);
-      add_group(rows, part, sums);
-    } else {
-      multiply_groups(stage, begin, sums);
-    }
-  }
-
-  // A step of several groups, or one in which K ends, or weights that are scaled before.
-  __device__ void multiply_groups(const uint8_t* stage, int begin, Sums& sums) {
-    const int cells = cells_ - begin < kStepCells ? cells_ - begin : kStepCells;
-    GroupRows rows = group_rows(p_.w, layout_, stage, 0, 0);
-    int group = group_of_(begin);
-#pragma unroll 1
-    for (int c = 0; c < cells; ++group) {
-      if (p_.w.zero_kind == ZeroKind::kInt)
-        load_zeros<kFormat, T>(p_.w, rows.zeros, lane_ / 4, zeros_);
-      Sums part;
-      clear(part);
-      const int left = group_of_.left(begin + c, group);
-      const int end = left < cells - c ? c + left : cells;
-      if constexpr (kBlocks8 == 1) {
-#pragma unroll 1
-        for (; scale_sums_ && c + 2 <= end; c += 2) multiply_cells<2, true>(stage, c, rows, part);
-      }
-#pragma unroll 1
-      for (; scale_sums_ && c < end; ++c) multiply_cells<1, true>(stage, c, rows, part);
-      if constexpr (Codec<kFormat>::kInteger) {
-#pragma unroll 1
-        for (; c < end; ++c) multiply_cells<1, false>(stage, c, rows, part);
-      }
-      add_group(rows, part, sums);
-      rows.scales += p_.w.scale_row_bytes;
-      rows.zeros += p_.w.zero_row_bytes;
-    }
-  }
-
-  // Codes as they are, or scaled before.
-  template <int kCells, bool kAsTheyAre>
-  __device__ void multiply_cells(const uint8_t* stage, int c, const GroupRows& rows,
-                                 Sums& part) const {
-    uint32_t b[kCells][kBlocks8][2];
-    load_tokens(stage + layout_.x, c, b);
-#pragma unroll
-    for (int j = 0; j < kCells; ++j) {
-      Words words;
-      load_cell<kFormat, kStepCells>(stage, c + j, lane_, words);
-#pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-        uint32_t a[4];
-        Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
-        if constexpr (!kAsTheyAre) scale_floats<kFormat, T>(p_.w, words, i, rows, lane_ / 4, a);
-#pragma unroll
-        for (int n = 0; n < kBlocks8; ++n) T::mma(part[i][n], a, b[j][n][0], b[j][n][1]);
-      }
-    }
-  }
-
-  // sums += scale * part, or += part where weights were scaled before.
-  __device__ void add_group(const GroupRows& rows, const Sums& part, Sums& sums) const {
-    float scales[kLaneRows] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
-    if (scale_sums_) load_eight<kFormat>(p_.w, rows.scales, lane_ / 4, scales);
-#pragma unroll
-    for (int i = 0; i < kFragments; ++i) {
-#pragma unroll
-      for (int b = 0; b < kBlocks8; ++b) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          sums[i][b][r] = ptx::fma_rn(part[i][b][r], scales[2 * i + r / 2], sums[i][b][r]);
-      }
-    }
-  }
-
   const GemmParams& p_;
   const StageLayout& layout_;
   const int warp_, lane_;
   uint8_t* const ring_;
   Strip strip_;
   Tokens tokens_;
-  const GroupOfCell group_of_;
-  const int cells_;
-  const bool scale_sums_;  // codes are multiplied as they are
-  const bool one_group_;   // and a step lies in one group
-  uint32_t zeros_[kLaneRows] = {};
+  Step step_;
 };
 
 // kTile is the shape's row in kTiles.

@@ -1,0 +1,5 @@
+#include "cuda/kernels/hopper_stream.cuh"
+
+namespace lowbit::cuda {
+LOWBIT_FOR_BYTES(LOWBIT_INSTANTIATE_HOPPER_STREAM)
+}  // namespace lowbit::cuda
