@@ -3,7 +3,8 @@
 //
 // Terms: W[N, K] weight, x[..., K] input, G = ceil(K / group_size). Canonical tensors are packed uint8
 // [N, ceil(K * bits / 8)], scales [N, G] (or one per 128 x 128 block), zeros [N, G] (integer zeros as uint8, float zeros
-// and offsets in the scales' dtype), perm int32 [K]. `w` is one opaque uint8 tensor in the layout that `desc` names.
+// and offsets in the scales' dtype), perm int32 [K]. Scales of two levels have super_scales that they are multiplied by, and
+// super_zeros that offsets are multiplied by (or, with a dynamic code book, one number added to every scale). `w` is one opaque uint8 tensor in the layout that `desc` names.
 // `desc` is format, zeros, scales, scaling, perm, layout and group_size in one int (csrc/common/desc.h); `flags` are
 // options (csrc/common/enums.h). An optional result that is absent comes as a tensor of no elements.
 
@@ -13,26 +14,28 @@ LOWBIT_LIBRARY(m) {
   // ---- canonical ----
 
   // Codes, scales and zeros of a float weight [N, K]. search: least squared error (weighted per column by importance)
-  // instead of round-to-nearest; never worse on any group.
+  // instead of round-to-nearest; never worse on any group. super_scales fp32 [1]: the scale of all scales, for schemes
+  // that have one; other scales of two levels, and blocks that run across rows, are read from files and never made.
   m.def(
-      "quantize(Tensor weight, int desc, bool search, Tensor? importance) -> (Tensor packed, "
-      "Tensor scales, Tensor zeros)");
+      "quantize(Tensor weight, int desc, bool search, Tensor? importance, Tensor? "
+      "super_scales=None) "
+      "-> (Tensor packed, Tensor scales, Tensor zeros)");
 
   // W [N, K] in the original order of columns: computed in fp32, rounded once to out_dtype.
   m.def(
       "dequantize(Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, int N, int K, int "
-      "desc, ScalarType out_dtype) -> Tensor");
+      "desc, ScalarType out_dtype, Tensor? super_scales=None, Tensor? super_zeros=None) -> Tensor");
   m.def(
       "dequantize_out(Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, int N, int K, int "
-      "desc, Tensor(a!) out) -> ()");
+      "desc, Tensor(a!) out, Tensor? super_scales=None, Tensor? super_zeros=None) -> ()");
 
   // To the kernel layout in desc, and its exact inverse.
   m.def(
-      "pack(Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, int N, int K, int desc) -> "
-      "Tensor");
+      "pack(Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, int N, int K, int desc, "
+      "Tensor? super_scales=None, Tensor? super_zeros=None) -> Tensor");
   m.def(
       "unpack(Tensor w, int N, int K, int desc) -> (Tensor packed, Tensor scales, Tensor zeros, "
-      "Tensor perm)");
+      "Tensor perm, Tensor super_scales, Tensor super_zeros)");
 
   // ---- hot ----
 

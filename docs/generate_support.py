@@ -227,7 +227,7 @@ def formats() -> list[str]:
         blocks = "128 x 128" if row["name"].startswith("fp8") else ""
         lines.append(
             f"| `{row['name']}` | {row['bits']} | {'integer' if integer else 'coded'} | {zeros} | all | {blocks} "
-            "| fp32, fp16, bf16 | yes |"
+            "| all | yes |"
         )
     return lines
 
@@ -263,6 +263,11 @@ def page() -> str:
         '"All" group sizes: -1 (all of K) and every multiple of 8 up to K rounded up to a multiple of 8; '
         "the last group may be shorter.",
         "",
+        '"All" scales: fp32, fp16, bf16 and, where zeros are not fractions, e8m0 and e4m3; e4m3 under one scale for the',
+        "weight; the two-level scales of K-quants and bitsandbytes, and groups that run across rows ([how a weight is",
+        "stored](format.md#scales)). The kernels of every backend take all of them alike. Weights with the last two are packed,",
+        "unpacked and dequantized by the CPU, on Metal those with scales of one byte too.",
+        "",
         "## Kernels of the CPU",
         "",
         *kernels(),
@@ -270,7 +275,7 @@ def page() -> str:
         "## Which kernel serves which problem",
         "",
         "One column per instruction set. `M` is the number of rows of x; where M is named, the next kernel takes over beyond it.",
-        "The group sizes are examples: a multiple of 32 behaves as 32 does, any other multiple of 8 as 8 does.",
+        "The group sizes are examples: a multiple of 16 behaves as 16 does, any other multiple of 8 as 8 does.",
         "",
         *matrix(),
         "",

@@ -84,6 +84,8 @@ def desc(spec: Spec, layout: int = 0) -> int:
         ENUMS["scaling"][spec.scaling],
         spec.has_perm,
         layout,
+        ENUMS["scale_dtype"][spec.super_dtype],
+        spec.super_groups,
     )
 
 
@@ -123,6 +125,8 @@ def random_weight(spec: Spec, N: int, K: int) -> Weight:
     if spec.coded:
         finite = np.flatnonzero(np.isfinite(reference.CODES[spec.format]))
         codes = finite[r.integers(0, len(finite), (N, K))]
+    if spec.scale_dtype not in SCALE_DTYPES or spec.scaling == "flat":
+        return _random_scales(spec, N, K, codes)
     dtype = reference.DTYPES[spec.scale_dtype]
     shape = spec.scales_shape(N, K)
     top = 57344 if spec.format == "fp8_e5m2" else 448 if spec.format == "fp8_e4m3" else 2**spec.bits
@@ -136,6 +140,65 @@ def random_weight(spec: Spec, N: int, K: int) -> Weight:
         zeros = torch.from_numpy(r.uniform(-2, 2, shape)).to(dtype)
     perm = torch.from_numpy(r.permutation(K).astype(np.int32)) if spec.has_perm else None
     return Weight(spec, N, K, codes, torch.from_numpy(reference.pack_stream(codes, spec.bits)), scales, zeros, perm)
+
+
+#: name -> (spec, shapes): scales of one byte, of two levels, and blocks that run across rows.
+SCALED: dict[str, tuple[Spec, tuple[tuple[int, int], ...]]] = {
+    "mxfp4": (Spec("fp4_e2m1", group_size=32, scale_dtype="e8m0"), ((17, 96), (33, 40))),
+    "mxfp8": (Spec("fp8_e4m3", group_size=32, scale_dtype="e8m0", has_perm=True), ((16, 64), (7, 100))),
+    "ue8m0": (Spec("fp8_e4m3", group_size=128, scale_dtype="e8m0", scaling="block128"), ((130, 257),)),
+    "e4m3": (Spec("fp4_e2m1", group_size=16, scale_dtype="e4m3"), ((33, 64), (15, 40))),
+    "int4-e4m3-zeros": (Spec("int4", "int", 48, "e4m3"), ((20, 144), (16, 48))),
+    "nvfp4": (
+        Spec("fp4_e2m1", group_size=16, scale_dtype="e4m3", scaling="two_level", super_groups=-1),
+        ((33, 80), (5, 16)),
+    ),
+    "q2_k": (Spec("int2", "offset", 16, "uint4", "two_level", False, 16, "float16"), ((17, 512), (5, 272))),
+    "q3_k": (Spec("int3", "none", 16, "int6", "two_level", True, 16, "float16"), ((17, 512),)),
+    "q4_k": (Spec("int4", "offset", 32, "uint6", "two_level", False, 8, "float16"), ((17, 512), (33, 320))),
+    "q5_k": (Spec("int5", "offset", 32, "uint6", "two_level", False, 8, "float16"), ((18, 256),)),
+    "q6_k": (Spec("int6", "none", 16, "int8", "two_level", False, 16, "float16"), ((17, 512),)),
+    "short": (Spec("int8", "offset", 8, "int8", "two_level", False, 2, "bfloat16"), ((17, 40),)),
+    "flat": (Spec("nf4", group_size=64, scaling="flat"), ((20, 128), (20, 80), (35, 200), (9, 33))),
+    "nested": (Spec("nf4", "none", 64, "dynamic8", "flat", False, 4), ((40, 192), (33, 128), (40, 112), (11, 51))),
+    "nested-all": (Spec("nf4", "none", 32, "dynamic8", "flat", False, -1), ((18, 96), (18, 48))),
+}
+
+
+def scaled() -> list[tuple[str, Spec, int, int]]:
+    """(name, spec, N, K) of all of those."""
+    return [(name, spec, N, K) for name, (spec, shapes) in SCALED.items() for N, K in shapes]
+
+
+def _random_scales(spec: Spec, N: int, K: int, codes: np.ndarray) -> Weight:
+    """`random_weight` where scales are codes, have a second level, or run on across rows."""
+    r = rng("scales", spec, N, K)
+    shapes = _C.canonical_shapes(N, K, desc(spec))
+    groups, top = spec.groups(K), 448 if spec.format == "fp8_e4m3" else 2**spec.bits
+
+    def entries(shape: tuple[int, ...]) -> torch.Tensor:
+        if spec.scale_dtype in SCALE_DTYPES:
+            return torch.from_numpy(r.uniform(0.5, 1.5, shape) * 4 / top).to(reference.DTYPES[spec.scale_dtype])
+        bits = reference.SCALE_BITS.get(spec.scale_dtype, 8)
+        if bits < 8:
+            return torch.from_numpy(reference.pack_stream(r.integers(0, 2**bits, (N, groups)), bits))
+        low, high = {"e8m0": (110, 126), "e4m3": (8, 0x7F)}.get(spec.scale_dtype, (0, 256))
+        stored = torch.from_numpy(r.integers(low, high, shape).astype(np.uint8))
+        return stored.view(reference.SCALE_TENSORS.get(spec.scale_dtype, torch.uint8))
+
+    def above(shape: tuple[int, ...] | None, low: float, high: float) -> torch.Tensor | None:
+        dtype = reference.DTYPES[spec.super_dtype]
+        return None if shape is None else torch.from_numpy(r.uniform(low, high, shape)).to(dtype)
+
+    zeros = None
+    if shapes["zeros"] is not None:
+        integers = torch.from_numpy(r.integers(0, 2**spec.bits, shapes["zeros"]).astype(np.uint8))
+        zeros = integers if spec.zero_kind == "int" else entries(shapes["zeros"])
+    perm = torch.from_numpy(r.permutation(K).astype(np.int32)) if spec.has_perm else None
+    return Weight(
+        spec, N, K, codes, torch.from_numpy(reference.pack_stream(codes, spec.bits)), entries(shapes["scales"]), zeros, perm,
+        above(shapes["super_scales"], 0.5 / 64 / top, 2 / 64 / top), above(shapes["super_zeros"], -0.05, 0.05),
+    )  # fmt: skip
 
 
 def with_zero_column(spec: Spec, N: int, K: int, column: int) -> Weight:
@@ -172,7 +235,7 @@ def packed(spec: Spec, N: int, K: int) -> torch.Tensor:
 
 def pack(w: Weight) -> torch.Tensor:
     """A weight in the layout of `cpu_desc`."""
-    return torch.ops.lowbit.pack(*w.tensors, w.N, w.K, cpu_desc(w.spec))
+    return torch.ops.lowbit.pack(*w.tensors, w.N, w.K, cpu_desc(w.spec), *w.supers)
 
 
 def random_x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

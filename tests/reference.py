@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SCALE_TENSORS = {**DTYPES, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}  # others: codes in bytes
+SCALE_BITS = {"uint4": 4, "uint6": 6, "int6": 6, "int8": 8, "dynamic8": 8}
 BITS = {
     "int2": 2,
     "int3": 3,
@@ -70,6 +72,28 @@ CODES: dict[str, np.ndarray] = {
 }
 
 
+def _dynamic8() -> np.ndarray:
+    """bitsandbytes' dynamic map: in the decade below 10^-i, 2^(6-i) means of neighbours, as torch rounds them."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        means = (10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2)
+        values += [*means.tolist(), *(-means).tolist()]
+    return np.sort(np.array(values, np.float32))
+
+
+#: The value of every code that a scale can be.
+SCALE_CODES: dict[str, np.ndarray] = {
+    "e8m0": np.array([2.0 ** (u - 127) for u in range(255)] + [np.nan], np.float32),
+    "e4m3": CODES["fp8_e4m3"],
+    "uint4": np.arange(16, dtype=np.float32),
+    "uint6": np.arange(64, dtype=np.float32),
+    "int6": np.arange(-32, 32, dtype=np.float32),
+    "int8": np.arange(-128, 128, dtype=np.float32),
+    "dynamic8": _dynamic8(),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What a desc says, in words."""
@@ -80,6 +104,8 @@ class Spec:
     scale_dtype: str = "float32"
     scaling: str = "group"
     has_perm: bool = False
+    super_groups: int = dataclasses.field(default=0, repr=False)  # repr seeds the random weights
+    super_dtype: str = dataclasses.field(default="float32", repr=False)
 
     @property
     def bits(self) -> int:
@@ -108,6 +134,12 @@ class Weight:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
     perm: torch.Tensor | None = None
+    super_scales: torch.Tensor | None = None
+    super_zeros: torch.Tensor | None = None
+
+    @property
+    def supers(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return self.super_scales, self.super_zeros
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -137,8 +169,49 @@ def unpack_stream(packed: np.ndarray, K: int, bits: int) -> np.ndarray:
 # -- dequantize --------------------------------------------------------------------------------------------------------
 
 
+def scale_values(stored: torch.Tensor, spec: Spec, count: int) -> np.ndarray:
+    """What a tensor of scales (or offsets) holds, in fp32: [rows, count], or flat as it is."""
+    if stored.dtype in DTYPES.values():
+        return stored.float().numpy()
+    codes = stored.view(torch.uint8).numpy()
+    if SCALE_BITS.get(spec.scale_dtype, 8) < 8:
+        codes = unpack_stream(codes, count, SCALE_BITS[spec.scale_dtype])
+    return SCALE_CODES[spec.scale_dtype][codes]
+
+
+def spread_supers(table: np.ndarray, spec: Spec, N: int, K: int) -> np.ndarray:
+    """Entries of the second level -> entries per weight [N, K]."""
+    if table.size == 1:
+        return np.broadcast_to(table.reshape(1, 1), (N, K))
+    if spec.scaling == "flat":
+        return table[np.arange(N * K).reshape(N, K) // spec.group_size // spec.super_groups]
+    return table[:, np.arange(K) // spec.group_size // spec.super_groups]
+
+
+def two_levels(w: Weight) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scales, and zeros or offsets, per weight [N, K]: every product and sum rounded to fp32."""
+    spec, N, K = w.spec, w.N, w.K
+    scales = spread(scale_values(w.scales, spec, spec.groups(K)), spec, N, K)
+    zeros = None
+    if w.zeros is not None:
+        table = w.zeros.float().numpy() if spec.zero_kind == "int" else scale_values(w.zeros, spec, spec.groups(K))
+        zeros = spread(table, spec, N, K)
+    if w.super_scales is not None:
+        scales = scales * spread_supers(w.super_scales.float().numpy(), spec, N, K)
+    if w.super_zeros is not None:
+        supers = spread_supers(w.super_zeros.float().numpy(), spec, N, K)
+        if spec.scale_dtype == "dynamic8":
+            scales = scales + supers
+        else:
+            assert zeros is not None
+            zeros = zeros * supers
+    return scales, zeros
+
+
 def spread(table: np.ndarray, spec: Spec, N: int, K: int) -> np.ndarray:
     """Entries per group or block -> entries per weight [N, K]."""
+    if spec.scaling == "flat":
+        return table[np.arange(N * K).reshape(N, K) // spec.group_size]
     if spec.scaling == "block128":
         return table[np.arange(N)[:, None] // 128, np.arange(K)[None, :] // 128]
     return table[:, np.arange(K) // (K if spec.group_size == -1 else spec.group_size)]
@@ -146,15 +219,14 @@ def spread(table: np.ndarray, spec: Spec, N: int, K: int) -> np.ndarray:
 
 def dequantize(w: Weight) -> torch.Tensor:
     """W in fp32: every operation rounded to fp32, in the order of the formula."""
-    scales = spread(w.scales.float().numpy(), w.spec, w.N, w.K)
+    scales, zeros = two_levels(w)
     with np.errstate(invalid="ignore", over="ignore"):
         if w.spec.coded:
             value = CODES[w.spec.format][w.codes] * scales
         elif w.spec.zero_kind == "none":
             value = (w.codes - 2 ** (w.spec.bits - 1)).astype(np.float32) * scales
         else:
-            assert w.zeros is not None
-            zeros = spread(w.zeros.float().numpy(), w.spec, w.N, w.K)
+            assert zeros is not None
             q = w.codes.astype(np.float32)
             value = q * scales + zeros if w.spec.zero_kind == "offset" else (q - zeros) * scales
     assert value.dtype == np.float32

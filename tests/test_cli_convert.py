@@ -296,7 +296,7 @@ def test_refused_before_anything_is_written(
 
 def test_what_a_format_cannot_hold_names_the_layer(tmp_path: Path) -> None:
     with pytest.raises(
-        ArtifactError, match=r"k_proj: nf4-g64-fp32: awq holds .*; with a scheme they are quantized again"
+        ArtifactError, match=r"k_proj: nf4-g64-flat-dyn8-x256fp32: awq holds .*; with a scheme they are quantized again"
     ):
         convert_checkpoint(DATA / "bitsandbytes-nf4", tmp_path / "out", "awq")
     source = llama_checkpoint(tmp_path / "model")

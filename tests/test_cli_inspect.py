@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,13 @@ def test_a_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_why_a_checkpoint_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    about = found(capsys, DATA / "ct-nvfp4")
-    assert "nvfp4-pack-quantized is not read yet" in about["not_read"] and "format" not in about and not about["layers"]
-    assert inspect(DATA / "ct-nvfp4") == 0
+    folder = tmp_path / "mxfp6"
+    shutil.copytree(DATA / "ct-nvfp4", folder)
+    config = (folder / "config.json").read_text().replace("nvfp4-pack-quantized", "mxfp6-pack-quantized")
+    (folder / "config.json").write_text(config)
+    about = found(capsys, folder)
+    assert "mxfp6-pack-quantized is not read yet" in about["not_read"] and "format" not in about and not about["layers"]
+    assert inspect(folder) == 0
     assert "load_checkpoint does not read it: " in capsys.readouterr().out
     about = found(capsys, llama_checkpoint(tmp_path / "llama"))
     assert "not_read" not in about and "format" not in about

@@ -52,7 +52,7 @@ ONE, ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
 
 def _cases() -> list[Case]:
-    sizes = f"w has shape [{len(W)}], expected [{_C.packed_size(N, K + 16, DESC)}]"
+    sizes = f"w has shape [{len(W)}], expected [{_C.packed_size(N, K + 32, DESC)}]"
     floats = "expected float32, float16 or bfloat16"
     cases = [
         # what x may be
@@ -61,7 +61,7 @@ def _cases() -> list[Case]:
         Case("gemm", "x is a scalar, expected shape [..., K]", GEMM, _0=torch.ones(())),
         Case("gemm", "x of shape [3, 39] has K=39 in its last dimension, the weight has K=40", GEMM, _0=X[:, 1:]),
         # what w may be
-        Case("gemm", sizes, GEMM, _0=random_x(3, K + 16), _4=K + 16),
+        Case("gemm", sizes, GEMM, _0=random_x(3, K + 32), _4=K + 32),
         Case("gemm", f"w has shape [{len(W) - 1}], expected [{len(W)}]", GEMM, _1=W[1:]),
         Case("gemm", f"w has shape [1, {len(W)}], expected [{len(W)}]", GEMM, _1=W[None]),
         Case("gemm", "w is int8, expected uint8", GEMM, _1=W.view(torch.int8)),
@@ -204,7 +204,7 @@ def test_outputs_are_untouched(case: Case) -> None:
         (lambda: OPS.gemm(X, W, None, N, 0, DESC, 0), "K=0"),
         (lambda: OPS.gemm(X, W, None, 2**40, K, DESC, 0), "1099511627776"),
         (lambda: OPS.gemm(X, W, None, N, K, -1, 0), "desc=-1 has bits set that mean nothing"),
-        (lambda: OPS.gemm(X, W, None, N, K, DESC | 1 << 22, 0), "has bits set that mean nothing"),
+        (lambda: OPS.gemm(X, W, None, N, K, DESC | 1 << 23, 0), "has bits set that mean nothing"),
         (lambda: OPS.gemm(X, W, None, N, K, (DESC & ~0xFF) | 77, 0), "format=77 is not in the format table"),
         (lambda: OPS.gemm(X, W, None, N, K, DESC | 9 << 24, 0), "layout=9 is not one of"),
         (lambda: OPS.quantize(torch.ones(4, 0), desc(SPEC), False, None), "K=0"),
@@ -231,13 +231,11 @@ def test_impossible_sizes_and_descs(call: Callable[[], Any], message: str) -> No
         ((3, 2**24, 0, 0, 0, False, 0), "group_size=16777216 exceeds 16777215"),
         ((3, 32, 4, 0, 0, False, 0), "zero_kind=4 is not one of 0..3"),
         ((7, 32, 1, 0, 0, False, 0), "fp8_e4m3 is a code book and has no zeros"),
-        ((3, 32, 0, 3, 0, False, 0), "scale_dtype=e8m0 is reserved"),
-        ((3, 32, 0, 4, 0, False, 0), "scale_dtype=e4m3 is reserved"),
-        ((3, 32, 0, 9, 0, False, 0), "scale_dtype=9 is not one of"),
+        ((3, 32, 0, 10, 0, False, 0), "scale_dtype=10 is not one of 0..9"),
         ((3, 128, 0, 0, 1, False, 0), "128x128 block scaling takes fp8 formats, got int4"),
         ((7, 64, 0, 0, 1, False, 0), "128x128 block scaling needs group_size=128, got 64"),
-        ((3, 32, 0, 0, 2, False, 0), "scaling=two_level is reserved"),
-        ((3, 32, 0, 0, 3, False, 0), "scaling=flat is reserved"),
+        ((3, 32, 0, 0, 4, False, 0), "scaling=4 is not one of 0..3"),
+        ((3, 32, 0, 4, 2, False, 0, 3, -1), "super_dtype=e8m0 is not one of float32, float16, bfloat16"),
         ((3, 32, 0, 0, 0, False, 7), "layout=7 is not one of"),
     ],
 )

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import reference
-from cases import ENUMS, FORMATS, KINDS, SHAPES, cpu_desc, desc, specs
+from cases import ENUMS, FORMATS, KINDS, SCALED, SHAPES, cpu_desc, desc, specs
 from lowbit import _C
-from lowbit._checks import canonical_shapes, parse
+from lowbit._checks import SCALE_DTYPES, packed_shape, parse, tables
 
 ROWS = {row["name"]: row for row in _C.format_table()}
 
@@ -25,8 +25,9 @@ def test_enum_values_never_change() -> None:
     names = ["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4"]
     assert list(ENUMS["format"].items())[:10] == [(name, i + 1) for i, name in enumerate(names)]
     assert ENUMS["zero_kind"] == {"none": 0, "int": 1, "float": 2, "offset": 3}
-    assert [ENUMS["scale_dtype"][name] for name in ("float32", "float16", "bfloat16")] == [0, 1, 2]
-    assert [ENUMS["scaling"][name] for name in ("group", "block128")] == [0, 1]
+    dtypes = ("float32", "float16", "bfloat16", "e8m0", "e4m3", "uint4", "uint6", "int6", "int8", "dynamic8")
+    assert [ENUMS["scale_dtype"][name] for name in dtypes] == list(range(10))
+    assert ENUMS["scaling"] == {"group": 0, "block128": 1, "two_level": 2, "flat": 3}
     assert [ENUMS["layout"][name] for name in ("canonical", "cpu_tile16")] == [0, 1]
     assert ENUMS["flags"]["batch_invariant"] == 1
 
@@ -38,6 +39,14 @@ def test_code_book(name: str) -> None:
     number = ~np.isnan(code)
     np.testing.assert_array_equal(np.signbit(code[number]), np.signbit(reference.CODES[name][number]))
     assert ROWS[name]["max"] == np.abs(code[np.isfinite(code)]).max()
+
+
+@pytest.mark.parametrize("name", list(reference.SCALE_CODES))
+def test_scale_codes(name: str) -> None:
+    row = next(row for row in _C.scale_table() if row["name"] == name)
+    np.testing.assert_array_equal(np.array(row["code"], np.float32), reference.SCALE_CODES[name])
+    assert len(row["code"]) == 2 ** row["bits"] and row["id"] == ENUMS["scale_dtype"][name]
+    assert row["needs_super"] == (name in reference.SCALE_BITS) and (row["bits"] == reference.SCALE_BITS.get(name, 8))
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "fp4_e2m1"])
@@ -85,6 +94,15 @@ def test_desc_bits() -> None:
     assert desc(spec, layout=1) == 10 | 2 << 12 | 1 << 20 | 1 << 24 | 64 << 32
     assert desc(reference.Spec("int4", "offset", -1, "float16")) == 3 | 3 << 8 | 1 << 12
     assert desc(reference.Spec("fp8_e4m3", "none", 128, scaling="block128")) == 7 | 1 << 16 | 128 << 32
+    assert desc(SCALED["q4_k"][0]) == 3 | 3 << 8 | 6 << 12 | 2 << 16 | 1 << 21 | 32 << 32 | 4 << 56
+    assert desc(SCALED["nvfp4"][0]) == 9 | 4 << 12 | 2 << 16 | 16 << 32 | 15 << 56
+    for name, (spec, _) in SCALED.items():
+        fields = _C.parse_desc(desc(spec))
+        assert fields["super_groups"] == spec.super_groups, name
+        assert fields["super_dtype"] == ENUMS["scale_dtype"][spec.super_dtype], name
+    for bit in (23, 60, 61, 62):
+        with pytest.raises(ValueError, match="bits set that mean nothing"):
+            _C.parse_desc(desc(spec) | 1 << bit)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +117,22 @@ def test_shapes_agree(kind: str) -> None:
             assert tuple(shapes["scales"]) == spec.scales_shape(N, K)
             assert shapes["zeros"] == (None if spec.zero_kind == "none" else shapes["scales"])
             assert shapes["perm"] == ((K,) if spec.has_perm else None)
-            assert canonical_shapes(N, K, parse(desc(spec))) == (shapes["packed"], shapes["scales"])
+            _assert_same_shapes(spec, N, K)
+
+
+def _assert_same_shapes(spec: reference.Spec, N: int, K: int) -> None:
+    shapes, d = _C.canonical_shapes(N, K, desc(spec)), parse(desc(spec))
+    assert packed_shape(N, K, d) == shapes["packed"]
+    for name, found in tables(N, K, d)._asdict().items():
+        assert (None if found is None else found[0]) == shapes[name], f"{spec} {N}x{K}: {name}"
+
+
+def test_shapes_of_scales_agree() -> None:
+    assert set(SCALE_DTYPES) == set(ENUMS["scale_dtype"])
+    for spec, _ in SCALED.values():
+        for N, K in SHAPES:
+            if spec.scaling in ("flat", "block128") or spec.group_size <= -(-K // 8) * 8:
+                _assert_same_shapes(spec, N, K)
 
 
 def test_every_format_has_kinds() -> None:

@@ -74,14 +74,18 @@ def test_g_idx_that_was_never_set(tmp_path: Path) -> None:
 
 
 def test_as_many_words_either_way(tmp_path: Path) -> None:
-    """At 3 bits 11 codes take two words in both packings, which are not the same: the version tells."""
-    layer = Layer(3, K=11, group_size=-1)
+    """At 3 bits 11 codes take two words in both packings, which are not the same: the version tells, or the zeros' width."""
+    layer = Layer(3, K=11, group_size=-1, symmetric=True)
     for version, dense in (("0.17.1", False), ("0.18.0", True), ("0.20.1.a2", True), ("1.0", True)):
         folder = save(tmp_path / version, layer, ct_packed(layer, dense), version=version)
         check(records(folder)["fc"], layer.W)
     for version in ("", "x.y"):
         with pytest.raises(ArtifactError, match="the config's version would tell, but it is"):
             records(save(tmp_path / f"v{version}", layer, version=version))
+    zeros = Layer(3, N=32, K=11, group_size=-1)  # 32 of them take 3 or 4 words
+    for dense in (False, True):
+        folder = save(tmp_path / f"zeros{dense}", zeros, ct_packed(zeros, dense), version="")
+        check(records(folder)["fc"], zeros.W)
     small = Layer(3, K=10, group_size=-1, symmetric=True)  # one word: the same in both
     check(records(save(tmp_path / "small", small, version=""))["fc"], small.W)
 
@@ -273,8 +277,8 @@ GROUP, WEIGHTS, INPUTS = (
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (f"{GROUP}/format", "nvfp4-pack-quantized", "nvfp4-pack-quantized is not read yet: it has FP8 scales under a global"),
-        ("format", "mxfp4-pack-quantized", "mxfp4-pack-quantized is not read yet: it has E8M0 scales"),
+        (f"{GROUP}/format", "nvfp4-pack-quantized", "'type' is 'int', it must be 'float' in nvfp4-pack-quantized"),
+        ("format", "mxfp6-pack-quantized", "mxfp6-pack-quantized is not read yet: it has 6-bit floats"),
         ("format", "marlin-24", "format 'marlin-24' is not read"),
         ("format", 4, "'format' is '4', it must be a string"),
         ("config_groups", {}, "'config_groups' is '{}', it must be an object with a group of layers"),

@@ -53,8 +53,9 @@ def test_ue8m0(tmp_path: Path) -> None:
     tensors = {"weight": weight, "weight_scale_inv": exponents.view(255, 1).view(torch.float8_e8m0fnu)}
     folder = write(tmp_path, named("fc", tensors), {**BLOCK, "scale_fmt": "ue8m0"})
     (record,) = records(folder).values()
-    assert record.weight.scales[:, 0].tolist() == [2.0 ** (u - 127) for u in range(255)]
-    assert record.weight.scales.dtype == torch.float32
+    assert record.weight.scales.float()[:, 0].tolist() == [2.0 ** (u - 127) for u in range(255)]
+    assert record.weight.dequantize()[::128, 0].tolist() == [2.0 ** (u - 127) for u in range(255)]
+    assert record.weight.scales.dtype == torch.float8_e8m0fnu and str(record.weight.scheme) == "fp8-b128-e8m0-a8"
     tensors["weight_scale_inv"] = torch.full((255, 1), 255, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     with pytest.raises(ArtifactError, match="scales: 255 values are not finite"):
         records(write(tmp_path, named("fc", tensors), BLOCK))
@@ -236,7 +237,6 @@ def test_mixed_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        ({"quant_algo": "NVFP4"}, {}, "quant_algo 'NVFP4' is not read yet; FP8, .* are"),
         ({"quant_algo": "W4A8_AWQ"}, {}, "quant_algo 'W4A8_AWQ' is not read yet"),
         ({"quant_algo": None}, {}, "has no 'quant_algo', which must be a string"),
         ({"quant_algo": 4}, {}, "'quant_algo' is '4', it must be a string"),

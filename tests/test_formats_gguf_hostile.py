@@ -211,6 +211,6 @@ def test_mutated_files(tmp_path: Path) -> None:
             error.args = (f"case {case}: {error}",)
             raise
         records = [one for one in found.values() if isinstance(one, LinearRecord)]
-        assert all(torch.isfinite(record.weight.scales).all() for record in records)
+        assert all(torch.isfinite(record.weight.scales.float()).all() for record in records)
         assert sum(record.weight.nbytes for record in records) < 8 * len(made)
     assert 500 < refused < 1000

@@ -61,7 +61,7 @@ def test_what_mlx_wrote_in_every_mode_to_the_bit() -> None:
         want = reference(tensors, name, own["bits"], own["group_size"], own["mode"])
         assert np.array_equal(record.weight.dequantize().numpy(), want), name
     schemes = {str(record.weight.scheme) for record in found.values()}
-    assert {"int2-g64-offset-fp16", "int4-g32-offset-bf16", "fp4-g16", "fp4-g32", "fp8-g32"} <= {
+    assert {"int2-g64-offset-fp16", "int4-g32-offset-bf16", "fp4-g16-e4m3", "mxfp4", "mxfp8"} <= {
         *schemes, *(scheme.replace("-offset", "-offset-bf16") for scheme in schemes),
     }  # fmt: skip
     plan = {name: layer.about for name, layer in _plan(MODES).items()}

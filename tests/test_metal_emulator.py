@@ -98,8 +98,8 @@ def gemm_words(N: int, K: int, split: int) -> list[int]:
     scales = chunks * 16
     strip = (scales + 16 + 63) // 64 * 64
     kinds = cases.ENUMS["format"]["int4"] << 20 | 1 << 28
-    fields = [1, N, K, chunks, K, -1, strip, 0, scales, scales + 16, K, N, kinds, 1, strips, split, 0, 0]
-    return list(struct.unpack("<9q", struct.pack("<18i", *fields)))
+    fields = [1, N, K, chunks, K, -1, strip, 0, scales, scales + 16, K, N, kinds, 1, strips, split, 0, 0, 0, 0, 31, 0]
+    return list(struct.unpack("<11q", struct.pack("<22i", *fields)))
 
 
 @pytest.mark.parametrize("kernel", ["stream_m1", "matrix_m32"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import DTYPES, FP8, INT8, KINDS, cpu_desc, desc, packed, random_weight, random_x
+from cases import DTYPES, FP8, INT8, KINDS, SCALED, cpu_desc, desc, pack, packed, random_weight, random_x
 from lowbit import ops
 from reference import Spec
 
@@ -41,6 +41,15 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "dequantize_out", kind, (*canonical, desc(spec), torch.empty(N, K, dtype=dtype))
         yield "pack", kind, (*canonical, cpu_desc(spec))
         yield "unpack", kind, (packed(spec, N, K), N, K, cpu_desc(spec))
+    for name in ("q4_k", "nvfp4", "nested"):  # opcheck cannot compare tensors in float8_e8m0fnu
+        scaled, shapes = SCALED[name]
+        weight, (n, k) = random_weight(scaled, *shapes[0]), shapes[0]
+        canonical = (*weight.tensors, n, k)
+        yield "dequantize", name, (*canonical, desc(scaled), torch.float32, *weight.supers)
+        yield "dequantize_out", name, (*canonical, desc(scaled), torch.empty(n, k), *weight.supers)
+        yield "pack", name, (*canonical, cpu_desc(scaled), *weight.supers)
+        yield "unpack", name, (pack(weight), n, k, cpu_desc(scaled))
+    yield "quantize", "nvfp4", (random_x(N, 64), desc(SCALED["nvfp4"][0]), True, None, torch.ones(1))
     for op in ("gemm", "linear"):
         yield op, "int4-fp32-bias", _gemm_args("int4", torch.float32, True)
         yield op, "int8-int-bf16-perm", _gemm_args("int8-int", torch.bfloat16, True, True)

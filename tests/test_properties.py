@@ -48,7 +48,7 @@ VALUES = st.floats(
 def test_pack_round_trip(problem: tuple[Spec, int, int]) -> None:
     spec, N, K = problem
     weight = random_weight(spec, N, K)
-    for before, after in zip(weight.tensors, ops.unpack(pack(weight), N, K, cpu_desc(spec)), strict=True):
+    for before, after in zip(weight.tensors, ops.unpack(pack(weight), N, K, cpu_desc(spec))[:4], strict=True):
         assert before is after is None or torch.equal(before, after)
 
 

@@ -151,8 +151,17 @@ def test_any_text_parses_or_raises_value_error(text: str) -> None:
     [
         ({"format": "int4", "zero_kind": "half"}, "unknown zero_kind 'half'"),
         ({"format": "int4", "scale_dtype": "float8"}, "scale_dtype 'float8' is not supported"),
-        ({"format": "int4", "scale_dtype": "e8m0"}, "scale_dtype 'e8m0' is not supported"),
-        ({"format": "int4", "scaling": "two_level"}, "scaling 'two_level' is not supported"),
+        ({"format": "int4", "scaling": "three_level"}, "scaling 'three_level' is not supported"),
+        ({"format": "int4", "scaling": "two_level"}, "scaling=two_level with super_groups=0"),
+        (
+            {"format": "int4", "scale_dtype": "e4m3", "super_groups": 3},
+            "super_groups=3 is neither -1 nor a power of two",
+        ),
+        (
+            {"format": "int4", "scale_dtype": "e4m3", "super_groups": -1, "super_dtype": "e4m3"},
+            "super_dtype 'e4m3' is not",
+        ),
+        ({"format": "int4", "scale_dtype": "e4m3", "super_groups": True}, "super_groups must be an int, got True"),
         ({"format": "int4", "activation": "int4"}, "unknown activation 'int4'"),
         ({"format": "fp8", "scaling": "block128", "group_size": 64}, "means group_size=128, got 64"),
         ({"format": "int4", "group": 8}, "unknown scheme fields"),

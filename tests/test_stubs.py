@@ -59,8 +59,9 @@ def test_the_same_signature(name: str) -> None:
 def test_the_fields_of_what_is_returned() -> None:
     values = {
         "_FormatRow": _C.format_table()[0],
+        "_ScaleRow": _C.scale_table()[3],
         "_DescFields": _C.parse_desc(lowbit.Scheme.parse("int4-g32").desc()),
-        "_Shapes": _C.canonical_shapes(8, 64, lowbit.Scheme.parse("int4-g32-asym").desc(0, True)),
+        "_Shapes": _C.canonical_shapes(8, 64, lowbit.Scheme.parse("int4-g32-offset-u6-x8fp16").desc(0, True)),
     }
     assert values.keys() == _typed_dicts().keys()
     for name, value in values.items():

@@ -27,6 +27,15 @@ py::list format_table() {
   return rows;
 }
 
+py::list scale_table() {
+  py::list rows;
+  for (const lowbit::ScaleRow& row : lowbit::list_scales()) {
+    rows.append(py::dict("id"_a = row.id, "name"_a = row.name, "bits"_a = row.bits,
+                         "needs_super"_a = row.needs_super, "code"_a = row.code));
+  }
+  return rows;
+}
+
 py::dict enums() {
   py::dict all;
   for (const auto& [name, values] : lowbit::list_enums()) {
@@ -38,20 +47,22 @@ py::dict enums() {
 }
 
 int64_t make_desc(int format, int64_t group_size, int zero_kind, int scale_dtype, int scaling,
-                  bool has_perm, int layout) {
+                  bool has_perm, int layout, int super_dtype, int64_t super_groups) {
   return lowbit::encode_desc(
       {static_cast<lowbit::Format>(format), static_cast<lowbit::ZeroKind>(zero_kind),
        static_cast<lowbit::ScaleDtype>(scale_dtype), static_cast<lowbit::Scaling>(scaling),
-       has_perm, static_cast<lowbit::Layout>(layout), group_size});
+       has_perm, static_cast<lowbit::Layout>(layout), group_size,
+       static_cast<lowbit::ScaleDtype>(super_dtype), super_groups});
 }
 
 py::dict parse_desc(int64_t desc) {
   const lowbit::Desc d = lowbit::decode_desc(desc);
-  return py::dict("format"_a = static_cast<int>(d.format), "group_size"_a = d.group_size,
-                  "zero_kind"_a = static_cast<int>(d.zero_kind),
-                  "scale_dtype"_a = static_cast<int>(d.scale_dtype),
-                  "scaling"_a = static_cast<int>(d.scaling), "has_perm"_a = d.has_perm,
-                  "layout"_a = static_cast<int>(d.layout));
+  return py::dict(
+      "format"_a = static_cast<int>(d.format), "group_size"_a = d.group_size,
+      "zero_kind"_a = static_cast<int>(d.zero_kind),
+      "scale_dtype"_a = static_cast<int>(d.scale_dtype), "scaling"_a = static_cast<int>(d.scaling),
+      "has_perm"_a = d.has_perm, "layout"_a = static_cast<int>(d.layout),
+      "super_dtype"_a = static_cast<int>(d.super_dtype), "super_groups"_a = d.super_groups);
 }
 
 py::tuple as_tuple(const std::vector<int64_t>& shape) {
@@ -66,7 +77,9 @@ py::dict canonical_shapes(int64_t N, int64_t K, int64_t desc) {
     return shape.empty() ? py::object(py::none()) : py::object(as_tuple(shape));
   };
   return py::dict("packed"_a = as_tuple(shapes.packed), "scales"_a = as_tuple(shapes.scales),
-                  "zeros"_a = optional(shapes.zeros), "perm"_a = optional(shapes.perm));
+                  "zeros"_a = optional(shapes.zeros), "perm"_a = optional(shapes.perm),
+                  "super_scales"_a = optional(shapes.super_scales),
+                  "super_zeros"_a = optional(shapes.super_zeros));
 }
 
 py::list kernel_table(bool compiled) {
@@ -137,13 +150,14 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   m.def("format_table", &format_table, "Every weight format: id, name, bits, kind, max, code.");
+  m.def("scale_table", &scale_table, "Every dtype of scales: id, name, bits, needs_super, code.");
   m.def("enums", &enums, "The enumerations in desc and flags, by name.");
   m.def("make_desc", &make_desc, "format"_a, "group_size"_a, "zero_kind"_a, "scale_dtype"_a,
-        "scaling"_a, "has_perm"_a, "layout"_a,
+        "scaling"_a, "has_perm"_a, "layout"_a, "super_dtype"_a = 0, "super_groups"_a = 0,
         "The int that tells an op what a weight is. ValueError where no such weight exists.");
   m.def("parse_desc", &parse_desc, "desc"_a, "The fields of a desc.");
   m.def("canonical_shapes", &canonical_shapes, "N"_a, "K"_a, "desc"_a,
-        "Shapes of packed, scales, zeros and perm.");
+        "Shapes of the canonical tensors; None where there is none.");
   m.def("packed_size", &lowbit::packed_size, "N"_a, "K"_a, "desc"_a,
         "Bytes of a weight in desc's kernel layout.");
   m.def("workspace_size", &lowbit::workspace_size, "op"_a, "M"_a, "N"_a, "K"_a, "desc"_a,

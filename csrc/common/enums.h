@@ -27,13 +27,26 @@ enum class ZeroKind : int {
   kOffset = 3,  // offsets in the scales' dtype:  w = q * scale + offset
 };
 
-enum class ScaleDtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kE8m0 = 3, kE4m3 = 4 };
+// How a scale is stored: a row of the scale table each (formats/scale_table.h).
+enum class ScaleDtype : int {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBFloat16 = 2,
+  kE8m0 = 3,  // a power of two (OCP MX)
+  kE4m3 = 4,
+  // Codes, which a second scale gives their size:
+  kUInt4 = 5,
+  kUInt6 = 6,
+  kInt6 = 7,      // code - 32
+  kInt8 = 8,      // code - 128
+  kDynamic8 = 9,  // a code book of 256 numbers
+};
 
 enum class Scaling : int {
   kGroup = 0,     // scales[N, ceil(K / group_size)]
   kBlock128 = 1,  // scales[ceil(N / 128), ceil(K / 128)]
-  kTwoLevel = 2,  // scales_q * super_scales: named here, no kernel takes it yet
-  kFlat = 3,      // groups that run across rows: named here, no kernel takes it yet
+  kTwoLevel = 2,  // scales[N, ceil(K / group_size)] * super_scales
+  kFlat = 3,      // groups that run across rows: scales[ceil(N * K / group_size)] (* super_scales)
 };
 
 enum class Layout : int { kCanonical = 0, kCpuTile16 = 1, kCudaTile64 = 2, kMetalTile4 = 3 };

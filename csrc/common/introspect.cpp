@@ -2,6 +2,7 @@
 
 #include "common/desc.h"
 #include "formats/format_table.h"
+#include "formats/scale_table.h"
 #include "packing/cpu_tile16.h"
 #include "packing/cuda_tile64.h"
 #include "packing/metal_tile4.h"
@@ -43,15 +44,27 @@ std::vector<FormatRow> list_formats() {
   return rows;
 }
 
+std::vector<ScaleRow> list_scales() {
+  std::vector<ScaleRow> rows;
+  for (const ScaleInfo& info : scale_table()) {
+    ScaleRow row{static_cast<int>(info.dtype), info.name, info.bits, info.needs_super, {}};
+    if (info.code != nullptr) row.code.assign(info.code, info.code + (1 << info.bits));
+    rows.push_back(std::move(row));
+  }
+  return rows;
+}
+
 std::vector<std::pair<std::string, EnumValues>> list_enums() {
   EnumValues formats;
   for (const FormatInfo& info : format_table())
     formats.emplace_back(info.name, static_cast<int64_t>(info.format));
+  EnumValues scale_dtypes;
+  for (const ScaleInfo& info : scale_table())
+    scale_dtypes.emplace_back(info.name, static_cast<int64_t>(info.dtype));
   return {
       {"format", formats},
       {"zero_kind", named({ZeroKind::kNone, ZeroKind::kInt, ZeroKind::kFloat, ZeroKind::kOffset})},
-      {"scale_dtype", named({ScaleDtype::kFloat32, ScaleDtype::kFloat16, ScaleDtype::kBFloat16,
-                             ScaleDtype::kE8m0, ScaleDtype::kE4m3})},
+      {"scale_dtype", scale_dtypes},
       {"scaling", named({Scaling::kGroup, Scaling::kBlock128, Scaling::kTwoLevel, Scaling::kFlat})},
       {"layout",
        named({Layout::kCanonical, Layout::kCpuTile16, Layout::kCudaTile64, Layout::kMetalTile4})},
@@ -61,8 +74,15 @@ std::vector<std::pair<std::string, EnumValues>> list_enums() {
 
 CanonicalShapes canonical_shapes(int64_t N, int64_t K, int64_t desc) {
   const CanonicalShape s = canonical_shape(N, K, decode_desc(desc));
-  CanonicalShapes shapes{{N, s.row_bytes}, {s.scale_rows, s.groups}, {}, {}};
-  if (s.zero_bytes > 0) shapes.zeros = {N, s.groups};
+  CanonicalShapes shapes{{N, s.row_bytes}, {}, {}, {}, {}, {}};
+  std::vector<int64_t>* const tables[] = {&shapes.scales, &shapes.zeros, &shapes.super_scales,
+                                          &shapes.super_zeros};
+  for (int i = 0; i < kTableCount; ++i) {
+    const GroupTable& table = s.tables[i];
+    if (!table.present()) continue;
+    *tables[i] = {table.tensor_columns()};
+    if (table.tensor_rows() > 0) tables[i]->insert(tables[i]->begin(), table.tensor_rows());
+  }
   if (s.has_perm) shapes.perm = {K};
   return shapes;
 }

@@ -20,11 +20,21 @@ struct FormatRow {
 };
 LOWBIT_API std::vector<FormatRow> list_formats();
 
+struct ScaleRow {
+  int id;
+  std::string name;
+  int bits;
+  bool needs_super;
+  std::vector<double> code;  // empty for float32, float16, bfloat16
+};
+LOWBIT_API std::vector<ScaleRow> list_scales();
+
 using EnumValues = std::vector<std::pair<std::string, int64_t>>;
 LOWBIT_API std::vector<std::pair<std::string, EnumValues>> list_enums();
 
 struct CanonicalShapes {
-  std::vector<int64_t> packed, scales, zeros, perm;  // empty where absent
+  std::vector<int64_t> packed, scales, zeros, super_scales, super_zeros,
+      perm;  // empty where absent
 };
 LOWBIT_API CanonicalShapes canonical_shapes(int64_t N, int64_t K, int64_t desc);
 

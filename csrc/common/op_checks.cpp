@@ -51,26 +51,42 @@ QuantizedRows check_quantized(const char* op, const Tensor& xq, const Tensor& x_
   return q;
 }
 
+namespace {
+
+// One of the tensors beside the codes: there exactly where desc says so.
+const uint8_t* check_table(const char* op, const OptionalTensor& tensor, const Desc& desc,
+                           const CanonicalShape& shape, int table, const Place& place) {
+  static const char* const names[] = {"scales", "zeros", "super_scales", "super_zeros"};
+  const bool wanted = shape.tables[table].present();
+  if (tensor.has_value() != wanted) {
+    const char* given = tensor.has_value() ? "given" : "absent";
+    LOWBIT_CHECK(table != kZeroTable, op, ": zeros are ", given,
+                 ", but desc says zeros=", name_of(desc.zero_kind));
+    fail(op, ": ", names[table], " are ", given, ", but desc says scaling=", name_of(desc.scaling),
+         " super_groups=", desc.super_groups, " scales=", name_of(desc.scale_dtype));
+  }
+  if (!wanted) return nullptr;
+  check_plain(op, names[table], *tensor, place, table_scalar_type(desc, table),
+              table_shape(shape.tables[table]));
+  return const_data_of<uint8_t>(*tensor);
+}
+
+}  // namespace
+
 CanonicalTensors::CanonicalTensors(const char* op, const Tensor& packed, const Tensor& scales,
                                    const OptionalTensor& zeros, const OptionalTensor& perm,
-                                   const Place& place, Values values, int64_t N, int64_t K,
-                                   int64_t desc_bits)
+                                   const OptionalTensor& super_scales,
+                                   const OptionalTensor& super_zeros, const Place& place,
+                                   Values values, int64_t N, int64_t K, int64_t desc_bits)
     : desc(decode_desc(desc_bits)), shape(canonical_shape(N, K, desc)), data{} {
   check_plain(op, "packed", packed, place, ScalarType::Byte, {N, shape.row_bytes});
-  check_plain(op, "scales", scales, place, scale_scalar_type(desc.scale_dtype),
-              scales_shape(shape));
-  LOWBIT_CHECK(zeros.has_value() == (desc.zero_kind != ZeroKind::kNone), op, ": zeros are ",
-               zeros.has_value() ? "given" : "absent",
-               ", but desc says zeros=", name_of(desc.zero_kind));
+  const OptionalTensor tables[] = {scales, zeros, super_scales, super_zeros};
+  for (int i = 0; i < kTableCount; ++i)
+    data.tables[i] = check_table(op, tables[i], desc, shape, i, place);
   LOWBIT_CHECK(perm.has_value() == desc.has_perm, op, ": perm is ",
                perm.has_value() ? "given" : "absent", ", but desc says it is ",
                desc.has_perm ? "there" : "not");
   data.packed = const_data_of<uint8_t>(packed);
-  data.scales = const_data_of<uint8_t>(scales);
-  if (zeros.has_value()) {
-    check_plain(op, "zeros", *zeros, place, zeros_scalar_type(desc), {N, shape.groups});
-    data.zeros = const_data_of<uint8_t>(*zeros);
-  }
   if (!perm.has_value()) return;
   check_plain(op, "perm", *perm, place, ScalarType::Int, {K});
   data.perm = const_data_of<int32_t>(*perm);
@@ -79,6 +95,23 @@ CanonicalTensors::CanonicalTensors(const char* op, const Tensor& packed, const T
   for (int64_t k = 0; k < K; ++k)
     LOWBIT_CHECK(data.perm[k] >= 0 && data.perm[k] < K, op, ": perm[", k, "]=", data.perm[k],
                  " is outside 0..", K - 1);
+}
+
+bool check_quantizable(const char* op, const Desc& desc, const CanonicalShape& shape,
+                       const OptionalTensor& super_scales, const Place& place) {
+  LOWBIT_CHECK(desc.scaling != Scaling::kFlat && !scale_info(desc.scale_dtype).needs_super &&
+                   (!desc.two_levels() || desc.super_groups == -1),
+               op, ": ", to_string(desc),
+               " is read from checkpoints and not made: there is no quantizer for its scales");
+  LOWBIT_CHECK(super_scales.has_value() == desc.two_levels(), op, ": super_scales are ",
+               super_scales.has_value() ? "given" : "absent",
+               ", but desc says super_groups=", desc.super_groups);
+  if (!desc.two_levels()) return false;
+  LOWBIT_CHECK(desc.super_dtype == ScaleDtype::kFloat32, op, ": super scales of dtype ",
+               name_of(desc.super_dtype), " are read and not made; float32 ones are");
+  check_plain(op, "super_scales", *super_scales, place, ScalarType::Float,
+              table_shape(shape.tables[kSuperTable]));
+  return true;
 }
 
 namespace {

@@ -35,9 +35,14 @@ struct CanonicalTensors {
   CanonicalConst data;
 
   CanonicalTensors(const char* op, const Tensor& packed, const Tensor& scales,
-                   const OptionalTensor& zeros, const OptionalTensor& perm, const Place& place,
-                   Values values, int64_t N, int64_t K, int64_t desc_bits);
+                   const OptionalTensor& zeros, const OptionalTensor& perm,
+                   const OptionalTensor& super_scales, const OptionalTensor& super_zeros,
+                   const Place& place, Values values, int64_t N, int64_t K, int64_t desc_bits);
 };
+
+// Whether the quantizer makes scales under a super scale, which is then there; throws where it does not know the scheme.
+bool check_quantizable(const char* op, const Desc& desc, const CanonicalShape& shape,
+                       const OptionalTensor& super_scales, const Place& place);
 
 // Arguments of quantize_activation.
 struct ActivationCall {

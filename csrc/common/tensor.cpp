@@ -19,6 +19,8 @@ int32_t shim_dtype(ScalarType dtype) {
       return aoti_torch_dtype_int32();
     case ScalarType::Float8_e4m3fn:
       return aoti_torch_dtype_float8_e4m3fn();
+    case ScalarType::Float8_e8m0fnu:
+      return torch_dtype_float8_e8m0fnu();
     default:
       fail("no tensor of dtype ", dtype_name(dtype), " is ever made here");
   }
@@ -63,6 +65,8 @@ const char* dtype_name(ScalarType dtype) {
       return "float8_e4m3fn";
     case ScalarType::Float8_e5m2:
       return "float8_e5m2";
+    case ScalarType::Float8_e8m0fnu:
+      return "float8_e8m0fnu";
     default:
       return torch::headeronly::toString(dtype);
   }
@@ -88,16 +92,39 @@ Element float_element(const char* op, const char* name, const Tensor& tensor) {
 }
 
 ScalarType scale_scalar_type(ScaleDtype dtype) {
-  return dtype == ScaleDtype::kFloat32   ? ScalarType::Float
-         : dtype == ScaleDtype::kFloat16 ? ScalarType::Half
-                                         : ScalarType::BFloat16;
+  switch (dtype) {
+    case ScaleDtype::kFloat32:
+      return ScalarType::Float;
+    case ScaleDtype::kFloat16:
+      return ScalarType::Half;
+    case ScaleDtype::kBFloat16:
+      return ScalarType::BFloat16;
+    case ScaleDtype::kE8m0:
+      return ScalarType::Float8_e8m0fnu;
+    case ScaleDtype::kE4m3:
+      return ScalarType::Float8_e4m3fn;
+    default:
+      return ScalarType::Byte;  // codes
+  }
 }
 
-ScalarType zeros_scalar_type(const Desc& desc) {
+ScalarType table_scalar_type(const Desc& desc, int table) {
+  if (table == kScaleTable) return scale_scalar_type(desc.scale_dtype);
+  if (table != kZeroTable) return scale_scalar_type(desc.super_dtype);
   return desc.zero_kind == ZeroKind::kInt ? ScalarType::Byte : scale_scalar_type(desc.scale_dtype);
 }
 
-Shape scales_shape(const CanonicalShape& shape) { return {shape.scale_rows, shape.groups}; }
+Shape table_shape(const GroupTable& table) {
+  if (!table.present()) return {0};
+  if (table.tensor_rows() == 0) return {table.tensor_columns()};
+  return {table.tensor_rows(), table.tensor_columns()};
+}
+
+Tensor empty_table(const Place& place, const CanonicalShape& shape, const Desc& desc, int table) {
+  const GroupTable& t = shape.tables[table];
+  return empty_on(place, table_shape(t),
+                  t.present() ? table_scalar_type(desc, table) : ScalarType::Byte);
+}
 
 Place cpu_place() {
   static const int32_t cpu = aoti_torch_device_type_cpu();

@@ -62,9 +62,10 @@ std::string shape_string(const Tensor& tensor);
 Element float_element(const char* op, const char* name, const Tensor& tensor);
 Element float_element(const char* op, const char* name, ScalarType dtype);
 ScalarType scale_scalar_type(ScaleDtype dtype);
-// The dtype of the tensor beside the scales; only called when there is one.
-ScalarType zeros_scalar_type(const Desc& desc);
-Shape scales_shape(const CanonicalShape& shape);
+// The tensors beside the codes, by kScaleTable and so on. An absent one is uint8 [0].
+ScalarType table_scalar_type(const Desc& desc, int table);
+Shape table_shape(const GroupTable& table);
+Tensor empty_table(const Place& place, const CanonicalShape& shape, const Desc& desc, int table);
 
 void check_place(const char* op, const char* name, const Tensor& tensor, const Place& place);
 void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype);

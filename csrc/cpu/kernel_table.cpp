@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/amx.h"
+#include "cpu/expanded.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/general.h"
 #include "cpu/plane_shape.h"
@@ -11,13 +12,24 @@
 namespace lowbit {
 namespace {
 
-// Vector kernels walk blocks of 32 k, which no group may straddle.
-bool refuse_short_blocks(const CpuTile16& tile, const Why& why) {
-  return tile.kb != 32 && why("group_size=", tile.shape.group_size, " is not a multiple of 32");
+// Vector kernels walk blocks of 32 k, or halves of them, which no group may straddle.
+bool refuse_straddled(const Problem& p, const CpuTile16& tile, int64_t step, const Why& why) {
+  const int64_t size = tile.shape.group_size;
+  if (tile.kb == 32 && (tile.shape.groups == 1 || size % step == 0)) return false;
+  if (p.desc.scaling == Scaling::kFlat)
+    return why("blocks of ", p.desc.group_size, " across rows of K=", p.K, " have no more than ",
+               size, " k in common, which is not a multiple of ", step);
+  return why("group_size=", size, " is not a multiple of ", step);
+}
+bool refuse_short_groups(const Problem& p, const CpuTile16& tile, const Why& why) {
+  return refuse_straddled(p, tile, 16, why);
+}
+bool refuse_short_blocks(const Problem& p, const CpuTile16& tile, const Why& why) {
+  return refuse_straddled(p, tile, 32, why);
 }
 
-bool refuse_panel(const Problem&, const CpuTile16& tile, const IsaKernels&, const Why& why) {
-  return refuse_short_blocks(tile, why);
+bool refuse_panel(const Problem& p, const CpuTile16& tile, const IsaKernels&, const Why& why) {
+  return refuse_short_groups(p, tile, why);
 }
 
 // With few rows, fp32 from registers beats decoding to a panel: nf4 1.63 ms against 2.17 at M = 4, 2.65 against 2.62 at
@@ -35,7 +47,7 @@ bool refuse_panel_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels
                        const Why& why) {
   if (isa.gemm_panel_bf16 == nullptr) return why("not built for ", isa.isa);
   if (p.x != Element::kBFloat16) return why("activations are not bf16");
-  return refuse_short_blocks(tile, why);
+  return refuse_short_blocks(p, tile, why);
 }
 
 // ---- tiles: the numbers are counted (docs/amx.md), not yet measured on hardware -----------------------------------
@@ -65,7 +77,7 @@ bool refuse_few_rows(const Problem& p, int64_t least, const Why& why) {
 bool refuse_tiles_codes(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
                         const Why& why) {
   if (isa.amx == nullptr) return why("not built for ", isa.isa);
-  if (refuse_inexact_codes(p, why) || refuse_short_blocks(tile, why)) return true;
+  if (refuse_inexact_codes(p, why) || refuse_short_blocks(p, tile, why)) return true;
   const int64_t rounded = p.x == Element::kBFloat16 ? weight_tile_rows(tile) : kNever;
   if ((p.flags & kBatchInvariant) != 0 && rounded != kNever)
     return why("tiles_bf16 serves large M and batch_invariant is set");
@@ -78,7 +90,7 @@ bool refuse_tiles_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels
   if (isa.amx == nullptr) return why("not built for ", isa.isa);
   if (p.x != Element::kBFloat16)
     return why("activations are not bf16, so weights must not be rounded to it");
-  return refuse_short_blocks(tile, why) || refuse_few_rows(p, least_tile_rows(p, isa), why);
+  return refuse_short_blocks(p, tile, why) || refuse_few_rows(p, least_tile_rows(p, isa), why);
 }
 
 // int4 group 128: 0.92 of panel_bf16's time at M = 16, 1.12 at M = 32; int8 0.79 at M = 16 (Zen 4, 4096 x 4096).
@@ -92,7 +104,7 @@ bool refuse_planes(const Problem& p, const CpuTile16& tile, const IsaKernels& is
   if (format.bits > planes.bits)
     return why(isa.isa, " has fast dot products for codes of ", planes.bits, " bits, not of ",
                format.bits);
-  if (refuse_short_blocks(tile, why)) return true;
+  if (refuse_short_blocks(p, tile, why)) return true;
   const bool two = plane_count(p.x) == 2;
   if ((p.flags & kBatchInvariant) != 0) {
     return !(two && planes.every_m) &&
@@ -111,7 +123,7 @@ bool refuse_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& is
     return why("M=", p.M, ": bf16 dot products are faster from M=", kBf16Rows);
   if (p.M > isa.stream_rows)
     return why("M=", p.M, " exceeds its ", isa.stream_rows, " rows, two passes over a strip");
-  return refuse_short_blocks(tile, why);
+  return refuse_short_groups(p, tile, why);
 }
 
 bool refuse_integer_dot(const Problem& p, const Why& why) {
@@ -122,14 +134,14 @@ bool refuse_integer_dot(const Problem& p, const Why& why) {
 }
 
 bool refuse_dot(const Problem& p, const CpuTile16& tile, const IsaKernels&, const Why& why) {
-  return refuse_integer_dot(p, why) || refuse_short_blocks(tile, why);
+  return refuse_integer_dot(p, why) || refuse_short_groups(p, tile, why);
 }
 
 // dot_i8 reads a weight again for every eight rows, and needs no tiles of x.
 bool refuse_tiles_i8(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
                      const Why& why) {
   if (isa.amx == nullptr) return why("not built for ", isa.isa);
-  if (refuse_integer_dot(p, why) || refuse_short_blocks(tile, why)) return true;
+  if (refuse_integer_dot(p, why) || refuse_short_blocks(p, tile, why)) return true;
   const int64_t least = tile.shape.group_size < 64 ? 16 : 8;
   return p.M < least && why("M=", p.M, ": tiles are faster from M=", least);
 }
@@ -163,28 +175,28 @@ bool refuse_nothing(const Problem&, const CpuTile16&, const IsaKernels&, const W
 }
 
 void run_stream(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
-  isa.gemm_stream(job, begin, end);
+  run_on_floats(isa, job, begin, end, isa.gemm_stream);
 }
 void run_planes(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
-  isa.planes.gemm(job, begin, end);
+  run_on_floats(isa, job, begin, end, isa.planes.gemm);
 }
 void run_panel(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
-  isa.gemm_panel(job, begin, end);
+  run_on_floats(isa, job, begin, end, isa.gemm_panel);
 }
 void run_panel_bf16(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
-  isa.gemm_panel_bf16(job, begin, end);
+  run_on_floats(isa, job, begin, end, isa.gemm_panel_bf16);
 }
 void run_tiles_codes(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
-  isa.amx->gemm_codes(job, begin, end);
+  run_on_floats(isa, job, begin, end, isa.amx->gemm_codes);
 }
 void run_tiles_bf16(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
-  isa.amx->gemm_weights(job, begin, end);
+  run_on_floats(isa, job, begin, end, isa.amx->gemm_weights);
 }
 void run_tiles_i8(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
-  isa.amx->gemm_i8(job, begin, end);
+  run_on_floats(isa, job, begin, end, isa.amx->gemm_i8);
 }
 void run_dot(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
-  isa.gemm_dot(job, begin, end);
+  run_on_floats(isa, job, begin, end, isa.gemm_dot);
 }
 void run_general_f32(const IsaKernels&, const GemmJob& job, int64_t begin, int64_t end) {
   gemm_general_f32(job, begin, end);
@@ -224,12 +236,12 @@ const std::vector<KernelRow>& kernel_table() {
        "integer weights, groups in multiples of 32: x as int8 digits, exactly; int32 dot products",
        XForm::kPlanes, refuse_planes, run_planes, nullptr},
       {Op::kGemm, "stream_f32", kFast,
-       "few rows of x, groups in multiples of 32: weights decoded in registers, read once",
+       "few rows of x, groups in multiples of 16: weights decoded in registers, read once",
        XForm::kFloats, refuse_stream, run_stream, nullptr},
       {Op::kGemm, "panel_bf16", kFast, "bf16 x, groups in multiples of 32: bf16 dot products",
        XForm::kBFloats, refuse_panel_bf16, run_panel_bf16, nullptr},
       {Op::kGemm, "panel_f32", kFast,
-       "any M, groups in multiples of 32: weights decoded to L1 once per 128 rows", XForm::kFloats,
+       "any M, groups in multiples of 16: weights decoded to L1 once per 128 rows", XForm::kFloats,
        refuse_panel, run_panel, nullptr},
       {Op::kGemm, "general_f32", kGeneral, "everything", XForm::kFloats, refuse_nothing,
        run_general_f32, nullptr},
@@ -237,7 +249,7 @@ const std::vector<KernelRow>& kernel_table() {
        "int8 per token x integer weights, groups in multiples of 32, more rows: AMX, int32 sums",
        XForm::kCodeTiles, refuse_tiles_i8, run_tiles_i8, nullptr},
       {Op::kGemmA8, "dot_i8", kFast,
-       "int8 per token x integer weights, groups in multiples of 32: int32 dot products",
+       "int8 per token x integer weights, groups in multiples of 16: int32 dot products",
        XForm::kCodes, refuse_dot, run_dot, nullptr},
       {Op::kGemmA8, "tiles_codes", kFast, "as gemm, on dequantized activations", XForm::kTiles,
        refuse_a8_tiles, run_tiles_codes, nullptr},
@@ -249,7 +261,7 @@ const std::vector<KernelRow>& kernel_table() {
        XForm::kCodes, refuse_general_dot, run_general_i8, nullptr},
       {Op::kGemmA8, "general_f32", kGeneral, "everything", XForm::kFloats, refuse_nothing,
        run_general_f32, nullptr},
-      {Op::kGradInput, "grad_panel", kFast, "any M, groups in multiples of 32", XForm::kFloats,
+      {Op::kGradInput, "grad_panel", kFast, "any M, groups in multiples of 16", XForm::kFloats,
        refuse_panel, nullptr, run_grad},
       {Op::kGradInput, "grad_general", kGeneral, "everything", XForm::kFloats, refuse_nothing,
        nullptr, run_grad_general},

@@ -15,8 +15,6 @@
 namespace lowbit {
 namespace {
 
-Tensor absent(ScalarType dtype) { return empty_on(cpu_place(), {0}, dtype); }
-
 // ---- quantize ------------------------------------------------------------------------------------------------------
 
 struct Quantizer {
@@ -76,7 +74,8 @@ struct Quantizer {
 };
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_bits, bool search,
-                                            const OptionalTensor& importance) {
+                                            const OptionalTensor& importance,
+                                            const OptionalTensor& super_scales) {
   const char* op = "lowbit::quantize";
   LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
                ", expected [N, K]");
@@ -89,12 +88,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   if (importance.has_value())
     check_plain(op, "importance", *importance, cpu_place(), ScalarType::Float, {w.K});
   const FormatInfo& info = format_info(desc.format);
+  const float* super_scale = check_quantizable(op, desc, shape, super_scales, cpu_place())
+                                 ? const_data_of<float>(*super_scales)
+                                 : nullptr;
 
   Tensor packed = empty_on(cpu_place(), {shape.N, shape.row_bytes}, ScalarType::Byte);
-  Tensor scales = empty_on(cpu_place(), scales_shape(shape), scale_scalar_type(desc.scale_dtype));
-  Tensor zeros = desc.zero_kind == ZeroKind::kNone
-                     ? absent(ScalarType::Byte)
-                     : empty_on(cpu_place(), {shape.N, shape.groups}, zeros_scalar_type(desc));
+  Tensor scales = empty_table(cpu_place(), shape, desc, kScaleTable);
+  Tensor zeros = empty_table(cpu_place(), shape, desc, kZeroTable);
 
   Quantizer q{kernels(),
               shape,
@@ -109,12 +109,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   q.job.format = desc.format;
   q.job.zero_kind = desc.zero_kind;
   q.job.scale_dtype = desc.scale_dtype;
+  q.job.super_scale = super_scale == nullptr ? 1.0f : *super_scale;
   q.job.bits = info.bits;
   q.job.search = search;
   q.job.max = info.max;
   q.job.code = info.code;
 
-  const int64_t tall = shape.scale_rows == shape.N ? 1 : 128;  // rows that share scales
+  const int64_t tall = desc.scaling == Scaling::kBlock128 ? 128 : 1;  // rows that share scales
   parallel_items(div_up(shape.N, tall), tall * shape.K * (search ? 64 : 1),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t r = begin; r < end; ++r)
@@ -129,24 +130,22 @@ void dequantize_into(const CanonicalTensors& c, Element dtype, uint8_t* out) {
   const CanonicalShape& s = c.shape;
   const IsaKernels& isa = kernels();
   const int64_t element_size = dtype == Element::kFloat32 ? 4 : 2;
+  const size_t K = static_cast<size_t>(s.K), groups = static_cast<size_t>(s.groups);
   parallel_items(s.N, s.K, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> codes(static_cast<size_t>(s.K));
-    std::vector<float> values(static_cast<size_t>(s.K)),
-        original(c.data.perm != nullptr ? values.size() : 0);
-    DequantizeJob job{codes.data(),
-                      nullptr,
-                      nullptr,
-                      s.K,
-                      s.group_size,
-                      c.desc.zero_kind,
-                      c.desc.scale_dtype,
-                      s.bits,
-                      format_info(c.desc.format).code,
-                      values.data()};
+    std::vector<uint8_t> codes(K), scratch(static_cast<size_t>(table_scratch_bytes(s)));
+    std::vector<float> values(K), scales(groups), zeros(groups),
+        original(c.data.perm != nullptr ? K : 0);
+    const DequantizeJob job{codes.data(),
+                            scales.data(),
+                            zeros.data(),
+                            s.K,
+                            s.group_size,
+                            c.desc.zero_kind == ZeroKind::kOffset,
+                            format_info(c.desc.format).code,
+                            values.data()};
     for (int64_t n = begin; n < end; ++n) {
       unpack_row(c.data.packed + n * s.row_bytes, s.K, s.bits, codes.data());
-      job.scales = c.data.scales + s.scale_row(n) * s.groups * s.scale_bytes;
-      job.zeros = c.data.zeros + n * s.groups * s.zero_bytes;
+      row_scales(s, c.desc, c.data, n, scales.data(), zeros.data(), scratch.data());
       isa.dequantize_row(job);
       const float* row = values.data();
       if (c.data.perm != nullptr) {
@@ -161,10 +160,11 @@ void dequantize_into(const CanonicalTensors& c, Element dtype, uint8_t* out) {
 
 Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
                   const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
-                  ScalarType out_dtype) {
+                  ScalarType out_dtype, const OptionalTensor& super_scales,
+                  const OptionalTensor& super_zeros) {
   const char* op = "lowbit::dequantize";
-  const CanonicalTensors c(op, packed, scales, zeros, perm, cpu_place(), Values::kChecked, N, K,
-                           desc);
+  const CanonicalTensors c(op, packed, scales, zeros, perm, super_scales, super_zeros, cpu_place(),
+                           Values::kChecked, N, K, desc);
   const Element element = float_element(op, "out_dtype", out_dtype);
   Tensor out = empty_on(cpu_place(), {N, K}, out_dtype);
   dequantize_into(c, element, data_of<uint8_t>(out));
@@ -173,10 +173,11 @@ Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTens
 
 void dequantize_out(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
                     const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
-                    const Tensor& out) {
+                    const Tensor& out, const OptionalTensor& super_scales,
+                    const OptionalTensor& super_zeros) {
   const char* op = "lowbit::dequantize_out";
-  const CanonicalTensors c(op, packed, scales, zeros, perm, cpu_place(), Values::kChecked, N, K,
-                           desc);
+  const CanonicalTensors c(op, packed, scales, zeros, perm, super_scales, super_zeros, cpu_place(),
+                           Values::kChecked, N, K, desc);
   const Element element = float_element(op, "out", out);
   check_plain(op, "out", out, cpu_place(), out.scalar_type(), {N, K});
   dequantize_into(c, element, data_of<uint8_t>(out));
@@ -184,16 +185,24 @@ void dequantize_out(const Tensor& packed, const Tensor& scales, const OptionalTe
 
 // ---- pack, unpack --------------------------------------------------------------------------------------------------
 
-// The whole tensor, strip by strip: the CPU packs and unpacks every backend's layout, so that a weight whose device is
-// out of reach (offloaded, or packed ahead of time) is never lost.
-Tensor pack_cpu_tile16(const CanonicalTensors& c) {
-  const CpuTile16 tile = cpu_tile16(c.shape.N, c.shape.K, c.desc);
+// A layout of strips: body(strip, scratch) for each. The CPU packs and unpacks every backend's layout, so that a weight whose
+// device is out of reach (offloaded, or packed ahead of time) is never lost.
+template <class Tile, class Body>
+void for_each_strip(const Tile& tile, int rows, int64_t scratch_bytes, const Body& body) {
+  parallel_items(tile.strips, tile.shape.K * rows, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> scratch(static_cast<size_t>(scratch_bytes));
+    for (int64_t strip = begin; strip < end; ++strip) body(strip, scratch.data());
+  });
+}
+
+// pack(strip, to, scratch)
+template <class Tile, class Pack>
+Tensor pack_strips(const CanonicalTensors& c, const Tile& tile, int rows, int64_t scratch_bytes,
+                   const Pack& pack) {
   Tensor out = empty_on(cpu_place(), {tile.total_bytes}, ScalarType::Byte);
   uint8_t* to = data_of<uint8_t>(out);
-  parallel_items(tile.strips, tile.K_padded * kTileRows, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> scratch(static_cast<size_t>(tile.K_padded * kTileRows));
-    for (int64_t strip = begin; strip < end; ++strip)
-      pack_strip(tile, c.data, strip, to + strip * tile.strip_bytes, scratch.data());
+  for_each_strip(tile, rows, scratch_bytes, [&](int64_t strip, uint8_t* scratch) {
+    pack(strip, to + strip * tile.strip_bytes, scratch);
   });
   if (c.data.perm != nullptr)
     std::copy_n(reinterpret_cast<const uint8_t*>(c.data.perm), 4 * c.shape.K,
@@ -201,110 +210,80 @@ Tensor pack_cpu_tile16(const CanonicalTensors& c) {
   return out;
 }
 
-Tensor pack_cuda_tile64(const CanonicalTensors& c) {
-  const CudaTile64 tile = cuda_tile64(c.shape.N, c.shape.K, c.desc);
-  Tensor out = empty_on(cpu_place(), {tile.total_bytes}, ScalarType::Byte);
-  uint8_t* to = data_of<uint8_t>(out);
-  parallel_items(tile.strips, c.shape.K * kStripRows, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip)
-      pack_strip64(tile, c.data, strip, to + strip * tile.strip_bytes);
+// unpack(from, strip, scratch)
+template <class Tile, class Unpack>
+void unpack_strips(const char* op, const Tensor& w, const Tile& tile, int rows,
+                   int64_t scratch_bytes, const CanonicalMutable& to, const Unpack& unpack) {
+  check_plain(op, "w", w, cpu_place(), ScalarType::Byte, {tile.total_bytes});
+  const uint8_t* from = const_data_of<uint8_t>(w);
+  for_each_strip(tile, rows, scratch_bytes, [&](int64_t strip, uint8_t* scratch) {
+    unpack(from + strip * tile.strip_bytes, strip, scratch);
   });
-  if (c.data.perm != nullptr)
-    std::copy_n(reinterpret_cast<const uint8_t*>(c.data.perm), 4 * c.shape.K,
-                to + tile.perm_offset);
-  return out;
-}
-
-Tensor pack_metal_tile4(const CanonicalTensors& c) {
-  const MetalTile4 tile = metal_tile4(c.shape.N, c.shape.K, c.desc);
-  Tensor out = empty_on(cpu_place(), {tile.total_bytes}, ScalarType::Byte);
-  uint8_t* to = data_of<uint8_t>(out);
-  parallel_items(tile.strips, c.shape.K * kMetalRows, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip)
-      pack_strip4(tile, c.data, strip, to + strip * tile.strip_bytes);
-  });
-  if (c.data.perm != nullptr)
-    std::copy_n(reinterpret_cast<const uint8_t*>(c.data.perm), 4 * c.shape.K,
-                to + tile.perm_offset);
-  return out;
+  if (tile.shape.has_perm)
+    std::copy_n(from + tile.perm_offset, 4 * tile.shape.K, reinterpret_cast<uint8_t*>(to.perm));
 }
 
 Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
-            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc) {
+            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
+            const OptionalTensor& super_scales, const OptionalTensor& super_zeros) {
   const char* op = "lowbit::pack";
-  const CanonicalTensors c(op, packed, scales, zeros, perm, cpu_place(), Values::kChecked, N, K,
-                           desc);
-  switch (c.desc.layout) {
-    case Layout::kCpuTile16:
-      return pack_cpu_tile16(c);
-    case Layout::kCudaTile64:
-      return pack_cuda_tile64(c);
-    case Layout::kMetalTile4:
-      return pack_metal_tile4(c);
-    default:
-      fail(op, ": desc asks for layout ", name_of(c.desc.layout), ", which is not a kernel layout");
+  const CanonicalTensors c(op, packed, scales, zeros, perm, super_scales, super_zeros, cpu_place(),
+                           Values::kChecked, N, K, desc);
+  if (c.desc.layout == Layout::kCpuTile16) {
+    const CpuTile16 tile = cpu_tile16(N, K, c.desc);
+    return pack_strips(c, tile, kTileRows, pack_scratch_bytes(tile),
+                       [&](int64_t strip, uint8_t* to, uint8_t* scratch) {
+                         pack_strip(tile, c.data, strip, to, scratch);
+                       });
   }
-}
-
-void unpack_cpu_tile16(const char* op, const Tensor& w, int64_t N, int64_t K, int64_t desc,
-                       const CanonicalMutable& to) {
-  const PackedWeight weight(op, w, N, K, desc);
-  const CpuTile16& tile = weight.tile;
-  parallel_items(tile.strips, tile.K_padded * kTileRows, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> scratch(static_cast<size_t>(tile.K_padded));
-    for (int64_t strip = begin; strip < end; ++strip)
-      unpack_strip(tile, weight.view.data + strip * tile.strip_bytes, strip, to, scratch.data());
+  if (c.desc.layout == Layout::kCudaTile64) {
+    const CudaTile64 tile = cuda_tile64(N, K, c.desc);
+    return pack_strips(c, tile, kStripRows, 0, [&](int64_t strip, uint8_t* to, uint8_t*) {
+      pack_strip64(tile, c.data, strip, to);
+    });
+  }
+  LOWBIT_CHECK(c.desc.layout == Layout::kMetalTile4, op, ": desc asks for layout ",
+               name_of(c.desc.layout), ", which is not a kernel layout");
+  const MetalTile4 tile = metal_tile4(N, K, c.desc);
+  return pack_strips(c, tile, kMetalRows, 0, [&](int64_t strip, uint8_t* to, uint8_t*) {
+    pack_strip4(tile, c.data, strip, to);
   });
-  if (weight.perm != nullptr) std::copy_n(weight.perm, K, to.perm);
 }
 
-void unpack_cuda_tile64(const char* op, const Tensor& w, int64_t N, int64_t K, const Desc& desc,
-                        const CanonicalMutable& to) {
-  const CudaTile64 tile = cuda_tile64(N, K, desc);
-  check_plain(op, "w", w, cpu_place(), ScalarType::Byte, {tile.total_bytes});
-  const uint8_t* from = const_data_of<uint8_t>(w);
-  parallel_items(tile.strips, K * kStripRows, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip)
-      unpack_strip64(tile, from + strip * tile.strip_bytes, strip, to);
-  });
-  if (desc.has_perm)
-    std::copy_n(from + tile.perm_offset, 4 * K, reinterpret_cast<uint8_t*>(to.perm));
-}
-
-void unpack_metal_tile4(const char* op, const Tensor& w, int64_t N, int64_t K, const Desc& desc,
-                        const CanonicalMutable& to) {
-  const MetalTile4 tile = metal_tile4(N, K, desc);
-  check_plain(op, "w", w, cpu_place(), ScalarType::Byte, {tile.total_bytes});
-  const uint8_t* from = const_data_of<uint8_t>(w);
-  parallel_items(tile.strips, K * kMetalRows, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip)
-      unpack_strip4(tile, from + strip * tile.strip_bytes, strip, to);
-  });
-  if (desc.has_perm)
-    std::copy_n(from + tile.perm_offset, 4 * K, reinterpret_cast<uint8_t*>(to.perm));
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, int64_t K,
-                                                  int64_t desc_bits) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N,
+                                                                  int64_t K, int64_t desc_bits) {
   const char* op = "lowbit::unpack";
   const Desc desc = decode_desc(desc_bits);
   const CanonicalShape s = canonical_shape(N, K, desc);
   const Place cpu = cpu_place();
-  Tensor packed = empty_on(cpu, {N, s.row_bytes}, ScalarType::Byte);
-  Tensor scales = empty_on(cpu, scales_shape(s), scale_scalar_type(desc.scale_dtype));
-  Tensor zeros = s.zero_bytes == 0 ? absent(ScalarType::Byte)
-                                   : empty_on(cpu, {N, s.groups}, zeros_scalar_type(desc));
-  Tensor perm = s.has_perm ? empty_on(cpu, {K}, ScalarType::Int) : absent(ScalarType::Int);
-  const CanonicalMutable to{data_of<uint8_t>(packed), data_of<uint8_t>(scales),
-                            data_of<uint8_t>(zeros), data_of<int32_t>(perm)};
+  const Tensor packed = empty_on(cpu, {N, s.row_bytes}, ScalarType::Byte);
+  const Tensor perm = empty_on(cpu, {s.has_perm ? K : 0}, ScalarType::Int);
+  const Tensor tables[] = {
+      empty_table(cpu, s, desc, kScaleTable), empty_table(cpu, s, desc, kZeroTable),
+      empty_table(cpu, s, desc, kSuperTable), empty_table(cpu, s, desc, kSuperZeroTable)};
+  CanonicalMutable to{data_of<uint8_t>(packed), {}, data_of<int32_t>(perm)};
+  for (int i = 0; i < kTableCount; ++i) to.tables[i] = data_of<uint8_t>(tables[i]);
   if (desc.layout == Layout::kCudaTile64) {
-    unpack_cuda_tile64(op, w, N, K, desc, to);
+    const CudaTile64 tile = cuda_tile64(N, K, desc);
+    unpack_strips(op, w, tile, kStripRows, 0, to,
+                  [&](const uint8_t* from, int64_t strip, uint8_t*) {
+                    unpack_strip64(tile, from, strip, to);
+                  });
   } else if (desc.layout == Layout::kMetalTile4) {
-    unpack_metal_tile4(op, w, N, K, desc, to);
+    const MetalTile4 tile = metal_tile4(N, K, desc);
+    unpack_strips(op, w, tile, kMetalRows, 0, to,
+                  [&](const uint8_t* from, int64_t strip, uint8_t*) {
+                    unpack_strip4(tile, from, strip, to);
+                  });
   } else {
-    unpack_cpu_tile16(op, w, N, K, desc_bits, to);
+    const PackedWeight weight(op, w, N, K, desc_bits);  // refuses what is no kernel layout
+    const CpuTile16& tile = weight.tile;
+    unpack_strips(op, w, tile, kTileRows, pack_scratch_bytes(tile), to,
+                  [&](const uint8_t* from, int64_t strip, uint8_t* scratch) {
+                    unpack_strip(tile, from, strip, to, scratch);
+                  });
   }
-  return {packed, scales, zeros, perm};
+  return {packed, tables[0], tables[1], perm, tables[2], tables[3]};
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 #include "cpu/weight_view.h"
 
 namespace lowbit {
-
 PackedWeight::PackedWeight(const char* op, const Tensor& w, int64_t N, int64_t K, int64_t desc_bits)
     : desc(decode_desc(desc_bits)) {
   LOWBIT_CHECK(desc.layout == Layout::kCpuTile16, op, ": the weight's layout is ",

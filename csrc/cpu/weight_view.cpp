@@ -1,6 +1,15 @@
 #include "cpu/weight_view.h"
 
 namespace lowbit {
+namespace {
+
+WeightView::Table table_view(const CpuTile16& tile, int i) {
+  const GroupTable& table = tile.shape.tables[i];
+  if (!table.present()) return {};
+  return {tile.table_offset[i], table.fine_shift};
+}
+
+}  // namespace
 
 WeightView weight_view(const CpuTile16& tile, const Desc& desc, const uint8_t* data) {
   const CanonicalShape& s = tile.shape;
@@ -25,6 +34,11 @@ WeightView weight_view(const CpuTile16& tile, const Desc& desc, const uint8_t* d
   view.bits = s.bits;
   view.code = format_info(desc.format).code;
   view.tile = &tile;
+  view.plain = scale_info(desc.scale_dtype).is_float();
+  view.super_dtype = desc.super_dtype;
+  view.supers = table_view(tile, kSuperTable);
+  view.super_zeros = table_view(tile, kSuperZeroTable);
+  view.scale_code = scale_info(desc.scale_dtype).code;
   return view;
 }
 

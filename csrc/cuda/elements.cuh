@@ -12,7 +12,9 @@
 namespace lowbit::cuda {
 
 __host__ __device__ constexpr int scale_bytes(ScaleDtype type) {
-  return type == ScaleDtype::kFloat32 ? 4 : 2;
+  return type == ScaleDtype::kFloat32                                       ? 4
+         : static_cast<int>(type) > static_cast<int>(ScaleDtype::kBFloat16) ? 1
+                                                                            : 2;
 }
 
 __host__ __device__ constexpr Element element_of(ScaleDtype type) {

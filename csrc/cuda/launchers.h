@@ -14,8 +14,9 @@ namespace lowbit::cuda {
 struct CanonicalParams {
   const uint8_t* packed;
   const void* scales;
-  const void* zeros;    // uint8 zeros, float zeros or offsets; or null
-  const int32_t* perm;  // or null
+  const void* zeros;         // uint8 zeros, float zeros or offsets; or null
+  const float* super_scale;  // of all scales; or null
+  const int32_t* perm;       // or null
   int64_t N, K, row_bytes, group_size, groups;
   Format format;
   int32_t bits;
@@ -33,6 +34,7 @@ struct CanonicalOut {
   uint8_t* packed;
   void* scales;
   void* zeros;
+  float* super_scale;
   int32_t* perm;
 };
 void launch_unpack(const WeightParams& w, const CanonicalParams& shape, const CanonicalOut& to,

@@ -6,20 +6,28 @@
 namespace lowbit::cuda {
 namespace {
 
+// What the kernels here make and read: scales of one number each, with one above all of them or none. The CPU does the rest.
+void check_scales(const char* op, const Desc& desc) {
+  const bool one = !desc.two_levels() || desc.super_groups == -1;
+  LOWBIT_CHECK(one && !scale_info(desc.scale_dtype).needs_super && desc.scaling != Scaling::kFlat &&
+                   desc.super_dtype == ScaleDtype::kFloat32,
+               op, ": ", to_string(desc), " is not read here on CUDA: do it on the CPU");
+}
+
 // Canonical tensors to be written.
 struct CanonicalResult {
-  Tensor packed, scales, zeros, perm;
+  Tensor packed, scales, zeros, super_scales, perm;
 
   CanonicalResult(const Desc& desc, const CanonicalShape& s, const Place& place)
       : packed(empty_on(place, {s.N, s.row_bytes}, ScalarType::Byte)),
-        scales(empty_on(place, scales_shape(s), scale_scalar_type(desc.scale_dtype))),
-        zeros(s.zero_bytes == 0 ? empty_on(place, {0}, ScalarType::Byte)
-                                : empty_on(place, {s.N, s.groups}, zeros_scalar_type(desc))),
+        scales(empty_table(place, s, desc, kScaleTable)),
+        zeros(empty_table(place, s, desc, kZeroTable)),
+        super_scales(empty_table(place, s, desc, kSuperTable)),
         perm(empty_on(place, {s.has_perm ? s.K : 0}, ScalarType::Int)) {}
 
   CanonicalOut pointers(const CanonicalShape& s) const {
     return {data_of<uint8_t>(packed), scales.mutable_data_ptr(),
-            s.zero_bytes == 0 ? nullptr : zeros.mutable_data_ptr(),
+            s.zero_bytes == 0 ? nullptr : zeros.mutable_data_ptr(), data_of<float>(super_scales),
             s.has_perm ? data_of<int32_t>(perm) : nullptr};
   }
 };
@@ -27,14 +35,16 @@ struct CanonicalResult {
 CanonicalParams params_of(const CanonicalTensors& c) {
   CanonicalParams p = canonical_params(c.desc, c.shape);
   p.packed = c.data.packed;
-  p.scales = c.data.scales;
-  p.zeros = c.data.zeros;
+  p.scales = c.data.tables[kScaleTable];
+  p.zeros = c.data.tables[kZeroTable];
+  p.super_scale = reinterpret_cast<const float*>(c.data.tables[kSuperTable]);
   p.perm = c.data.perm;
   return p;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_bits, bool search,
-                                            const OptionalTensor& importance) {
+                                            const OptionalTensor& importance,
+                                            const OptionalTensor& super_scales) {
   const char* op = "lowbit::quantize";
   const Place place = place_of(weight, "weight");
   const Scope scope(op, place);
@@ -46,6 +56,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   LOWBIT_CHECK(!desc.has_perm, op,
                ": desc has a perm; quantize the permuted weight and give the perm to pack");
   const CanonicalShape shape = canonical_shape(rows.M, rows.K, desc);
+  check_scales(op, desc);
+  LOWBIT_CHECK(!check_quantizable(op, desc, shape, super_scales, place), op, ": ", to_string(desc),
+               " is not quantized on CUDA: do it on the CPU");
   if (importance.has_value())
     check_plain(op, "importance", *importance, place, ScalarType::Float, {rows.K});
   if (rows.stride != rows.K) {  // the kernel reads rows that follow each other
@@ -66,11 +79,14 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
 
 Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
                   const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
-                  ScalarType out_dtype) {
+                  ScalarType out_dtype, const OptionalTensor& super_scales,
+                  const OptionalTensor& super_zeros) {
   const char* op = "lowbit::dequantize";
   const Place place = place_of(packed, "packed");
   const Scope scope(op, place);
-  const CanonicalTensors c(op, packed, scales, zeros, perm, place, Values::kTrusted, N, K, desc);
+  check_scales(op, decode_desc(desc));
+  const CanonicalTensors c(op, packed, scales, zeros, perm, super_scales, super_zeros, place,
+                           Values::kTrusted, N, K, desc);
   const Element element = float_element(op, "out_dtype", out_dtype);
   Tensor out = empty_on(place, {N, K}, out_dtype);
   launch_dequantize(params_of(c), out.mutable_data_ptr(), element, scope.stream());
@@ -79,22 +95,28 @@ Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTens
 
 void dequantize_out(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
                     const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
-                    const Tensor& out) {
+                    const Tensor& out, const OptionalTensor& super_scales,
+                    const OptionalTensor& super_zeros) {
   const char* op = "lowbit::dequantize_out";
   const Place place = place_of(packed, "packed");
   const Scope scope(op, place);
-  const CanonicalTensors c(op, packed, scales, zeros, perm, place, Values::kTrusted, N, K, desc);
+  check_scales(op, decode_desc(desc));
+  const CanonicalTensors c(op, packed, scales, zeros, perm, super_scales, super_zeros, place,
+                           Values::kTrusted, N, K, desc);
   const Element element = float_element(op, "out", out);
   check_plain(op, "out", out, place, out.scalar_type(), {N, K});
   launch_dequantize(params_of(c), out.mutable_data_ptr(), element, scope.stream());
 }
 
 Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
-            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc) {
+            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
+            const OptionalTensor& super_scales, const OptionalTensor& super_zeros) {
   const char* op = "lowbit::pack";
   const Place place = place_of(packed, "packed");
   const Scope scope(op, place);
-  const CanonicalTensors c(op, packed, scales, zeros, perm, place, Values::kTrusted, N, K, desc);
+  check_scales(op, decode_desc(desc));
+  const CanonicalTensors c(op, packed, scales, zeros, perm, super_scales, super_zeros, place,
+                           Values::kTrusted, N, K, desc);
   LOWBIT_CHECK(c.desc.layout == Layout::kCudaTile64, op, ": desc asks for layout ",
                name_of(c.desc.layout), ", CUDA packs ", name_of(Layout::kCudaTile64));
   const CudaTile64 tile = cuda_tile64(N, K, c.desc);
@@ -104,17 +126,20 @@ Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& ze
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, int64_t K,
-                                                  int64_t desc) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N,
+                                                                  int64_t K, int64_t desc) {
   const char* op = "lowbit::unpack";
   const Place place = place_of(w, "w");
   const Scope scope(op, place);
+  check_scales(op, decode_desc(desc));
   const Weight weight(op, w, place, N, K, desc);
   const CanonicalShape shape = canonical_shape(N, K, weight.desc);
   const CanonicalResult result(weight.desc, shape, place);
   launch_unpack(weight.params, canonical_params(weight.desc, shape), result.pointers(shape),
                 scope.stream());
-  return {result.packed, result.scales, result.zeros, result.perm};
+  return {result.packed,       result.scales,
+          result.zeros,        result.perm,
+          result.super_scales, empty_table(place, shape, weight.desc, kSuperZeroTable)};
 }
 
 }  // namespace

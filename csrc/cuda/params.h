@@ -30,6 +30,24 @@ struct WeightParams {
   int32_t bits;
   bool one_scale;       // 128x128 blocks
   const int32_t* perm;  // or null
+
+  // Scales of one byte or of two levels (packing/cuda_tile64.h): not `plain`. Of these, fast kernels make floats in shared
+  // memory (expand.cuh): they are given a weight whose scale_dtype, scale_row_bytes and zero_row_bytes are those of the
+  // floats (as_floats), and `stored` has what the weight's are.
+  struct Table {
+    int64_t offset;  // from the start of a strip; 0: none
+    int32_t shift;   // row g >> shift is that of group g
+    int32_t row_bytes;
+  };
+  struct Stored {
+    ScaleDtype dtype;
+    int32_t scale_row_bytes, zero_row_bytes;
+  };
+  bool plain;
+  bool shared_super;  // one super scale for all
+  ScaleDtype super_dtype;
+  Table supers, super_zeros;
+  Stored stored;
 };
 
 // Rows of activations. `data` is 16-byte aligned and `stride` (in elements) a multiple of 16 bytes, or `aligned` is false.

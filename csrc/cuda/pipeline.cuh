@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/expand.cuh"
 #include "cuda/params.h"
 #include "cuda/ptx.cuh"
 #include "cuda/scales.cuh"
@@ -74,7 +75,8 @@ class StripFetcher {
     return w_.data + strip * w_.strip_bytes + int64_t{step / kTileSteps} * w_.tile_bytes + offset_;
   }
 
-  // Part `part` of a tile, which is step `step`, into a stage, as its strip `strip`.
+  // Part `part` of a tile, which is step `step`, into a stage, as its strip `strip`. Scales that are not plain come as they
+  // are stored, for expand().
   __device__ void fetch(const uint8_t* tile, uint32_t part, int step, uint8_t* stage,
                         int strip) const {
     uint8_t* const codes = stage + codes_at<kFormat>(strip);
@@ -83,6 +85,7 @@ class StripFetcher {
     if constexpr (high > 0)
       copy_block<high>(codes + low + offset_, tile + kTileSteps * low + part * high);
 
+    if (!w_.plain) return fetch_stored(tile, part, step, stage, strip);
     const uint32_t scale_row = static_cast<uint32_t>(w_.scale_row_bytes);
     const uint32_t zero_row = static_cast<uint32_t>(w_.zero_row_bytes);
     // In a tile, rows of the group past the last k exist, too. A table ends with its last group.
@@ -101,8 +104,47 @@ class StripFetcher {
                 tile + w_.zeros_offset + first * zero_row, count * w_.zero_row_bytes);
   }
 
+  // Floats of what was fetched for a step of a weight that is not plain, by the threads that fetched it. They all must have seen it arrive, and no one
+  // reads scales before these are all done.
+  __device__ void expand(int step, uint8_t* stage, int strip) const {
+    const int first = group_of_(step * kStepCells), left = w_.groups - first;
+    expand_rows<kThreads>(w_, layout_, stage, strip, first, left, offset_ / 16);
+  }
+
  private:
   using P = Planes<kFormat>;
+
+  // The rows of scales, offsets and super scales of a step's groups, from where they stand in the layout.
+  __device__ void fetch_stored(const uint8_t* tile, uint32_t part, int step, uint8_t* stage,
+                               int strip) const {
+    const uint8_t* const start = tile - int64_t{step / kTileSteps} * w_.tile_bytes;  // of the strip
+    const int group = group_of_(step * kStepCells), left = w_.groups - group;
+    uint32_t first = part * static_cast<uint32_t>(w_.groups_per_tile) / kTileSteps;
+    if (w_.groups_per_tile == 0) {
+      tile = start;
+      first = static_cast<uint32_t>(group);
+    }
+    const int count = left < layout_.groups ? left : layout_.groups;
+    const StoredRows to = stored_rows(w_, layout_, stage, strip);
+    const WeightParams::Stored& from = w_.stored;
+    copy_rows(to.scales + offset_, tile + w_.scales_offset + first * from.scale_row_bytes,
+              count * from.scale_row_bytes);
+    if (w_.zero_kind == ZeroKind::kInt) {  // bytes, which kernels read as they are
+      copy_rows(stage + zeros_at(w_, layout_, strip, 0) + offset_,
+                tile + w_.zeros_offset + first * w_.zero_row_bytes, count * w_.zero_row_bytes);
+    } else if (from.zero_row_bytes != 0) {
+      copy_rows(to.offsets + offset_, tile + w_.zeros_offset + first * from.zero_row_bytes,
+                count * from.zero_row_bytes);
+    }
+    if (layout_.supers == 0) return;
+    const int64_t row = group >> w_.supers.shift;
+    const int rows = ((group + count - 1) >> w_.supers.shift) - static_cast<int>(row) + 1;
+    const int bytes = w_.supers.row_bytes;
+    copy_rows(to.supers + offset_, start + w_.supers.offset + row * bytes, rows * bytes);
+    if (w_.zero_kind == ZeroKind::kOffset)
+      copy_rows(to.super_zeros + offset_, start + w_.super_zeros.offset + row * bytes,
+                rows * bytes);
+  }
 
   __device__ void copy(uint8_t* to, const uint8_t* from) const {
     if constexpr (kReuse == Reuse::kNone) {

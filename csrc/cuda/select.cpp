@@ -19,8 +19,11 @@ namespace {
 bool refuse_nothing(const Problem&, const CudaTile64&, const Why&) { return false; }
 
 // A cell of 16 k must lie in one group, so that its codes share scales.
-bool refuse_group(const CudaTile64& weight, int64_t multiple, const Why& why) {
+bool refuse_group(const Problem& p, const CudaTile64& weight, int64_t multiple, const Why& why) {
   if (weight.groups == 1 || weight.group_size % multiple == 0) return false;
+  if (p.desc.scaling == Scaling::kFlat)
+    return why("blocks of ", p.desc.group_size, " across rows of K=", p.K, " have no more than ",
+               weight.group_size, " k in common, which is not a multiple of ", multiple);
   return why("group_size=", weight.group_size, " is not a multiple of ", multiple);
 }
 
@@ -28,7 +31,15 @@ bool refuse_16_bit(const Problem& p, const CudaTile64& weight, const Why& why) {
   if (p.x == Element::kFloat32)
     return why(p.op == Op::kGradInput ? "dy is" : "activations are",
                " float32, which tensor cores do not take");
-  return refuse_group(weight, 16, why);
+  return refuse_group(p, weight, 16, why);
+}
+
+// Its stages hold a tile as it lies in the layout: no room for floats that are made of other scales (expand.cuh).
+bool refuse_hopper(const Problem& p, const CudaTile64& weight, const Why& why) {
+  if (!weight.plain)
+    return why("scales in ", name_of(p.desc.scale_dtype),
+               " are no floats, which is what its stages hold");
+  return refuse_16_bit(p, weight, why);
 }
 
 bool is_integer_product(const Problem& p) {
@@ -50,21 +61,21 @@ bool refuse_a8_int(const Problem& p, const CudaTile64& weight, const Why& why) {
     if (!info.is_integer) return why(info.name, " weights are not integers");
     return why("weights with zeros=", name_of(p.desc.zero_kind), " are not integers");
   }
-  return refuse_grouped_perm(p, why) || refuse_group(weight, 16, why);
+  return refuse_grouped_perm(p, why) || refuse_group(p, weight, 16, why);
 }
 
 bool refuse_a8_fp8(const Problem& p, const CudaTile64& weight, const Why& why) {
   if (p.x != Element::kFp8E4m3) return why("activations are not fp8");
   if (p.desc.format != Format::kFp8E4m3 && p.desc.format != Format::kFp8E5m2)
     return why(format_info(p.desc.format).name, " weights are not fp8");
-  return refuse_grouped_perm(p, why) || refuse_group(weight, 16, why);
+  return refuse_grouped_perm(p, why) || refuse_group(p, weight, 16, why);
 }
 
 bool refuse_a8_decode(const Problem& p, const CudaTile64& weight, const Why& why) {
   if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
   if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset)
     return why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
-  return refuse_grouped_perm(p, why) || refuse_group(weight, 16, why);
+  return refuse_grouped_perm(p, why) || refuse_group(p, weight, 16, why);
 }
 
 // ---- the table ---------------------------------------------------------------------------------------------------------
@@ -85,7 +96,7 @@ constexpr Family kFamilies[] = {
      "few rows of bf16 or fp16 x on sm_90, groups in multiples of 16: weights copied in bulk, K "
      "cut "
      "among the blocks of a cluster",
-     refuse_16_bit, true},
+     refuse_hopper, true},
     {Kernel::kStream, 80,
      "few rows of bf16 or fp16 x, groups in multiples of 16: weights read once, decoded in "
      "registers",

@@ -1,6 +1,7 @@
 // What a step takes of shared memory in the kernels that tensor cores run, and how many steps fit: host and device.
 //
 //   stage = codes of the step, strip by strip, plane by plane | x [tokens][step] | rows of scales | rows of zeros
+//           | rows of what scales and zeros are made from, where they are not stored as floats
 //
 // where a strip has as many rows of scales as groups a step can touch. A kernel's shared memory is a ring of stages; the
 // sums that warps exchange after the last step lie over it. (grad: x is dy, and the strips are one strip's columns, 64 by
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/params.h"
 #include "cuda/tiles.h"
 #include "packing/cuda_tile64.h"
 
@@ -17,8 +19,12 @@ namespace lowbit::cuda {
 
 struct StageLayout {
   int32_t x, scales, zeros;  // bytes from the stage's start; the codes stand at 0
-  int32_t bytes;             // of the stage
-  int32_t groups;            // the most that a step touches
+  int32_t stored;            // rows as they are stored, strip by strip
+  int32_t
+      stored_bytes;  // of a strip: scales and offsets [groups], super scales and their zeros [supers]
+  int32_t bytes;     // of the stage
+  int32_t groups;    // the most that a step touches
+  int32_t supers;    // rows of super scales, the same; 0: there are none, or there is one for all
 };
 
 // A group is a multiple of 16: a step can begin in its last 16.
@@ -36,16 +42,60 @@ constexpr int x_bytes(const Tile& tile) {
              : 2;
 }
 
+// What stage_layout wants to know of a weight: of its geometry, or of what kernels are given.
+struct StageRows {
+  int64_t group_size, groups;
+  int bits, scale_bytes, zero_bytes;  // rows as kernels read them
+  bool plain;
+  int stored_scale_bytes, stored_zero_bytes;
+  int super_bytes, super_shift;  // no bytes: there are none, or there is one for all
+};
+inline StageRows stage_rows(const CudaTile64& t) {
+  const GroupTable& supers = t.shape.tables[kSuperTable];
+  const int super_bytes = t.shared_super ? 0 : kStripRows * supers.bytes;
+  return {
+      t.group_size, t.groups,          t.bits,           t.floats.scale_bytes, t.floats.zero_bytes,
+      t.plain,      t.scale_row_bytes, t.zero_row_bytes, super_bytes,          supers.fine_shift};
+}
+inline StageRows stage_rows(const WeightParams& w) {
+  return {w.group_size,
+          w.groups,
+          w.bits,
+          w.scale_row_bytes,
+          w.zero_row_bytes,
+          w.plain,
+          w.stored.scale_row_bytes,
+          w.stored.zero_row_bytes,
+          w.shared_super ? 0 : w.supers.row_bytes,
+          w.supers.shift};
+}
+
+// Aligned runs of 2^shift groups that so many neighbouring groups can touch. `aligned`: the first is a multiple of them.
+constexpr int runs_touched(int groups, bool aligned, int64_t all_groups, int shift) {
+  const int64_t last = (all_groups - 1) >> shift, run = int64_t{1} << shift;
+  if (aligned && run % groups == 0) return 1;
+  return static_cast<int>(std::min(last, (groups - 2 + run) >> shift) + 1);
+}
+
 // `Weight` is CudaTile64 or WeightParams.
 template <class Weight>
-constexpr StageLayout stage_layout(const Tile& tile, const Weight& w) {
+StageLayout stage_layout(const Tile& tile, const Weight& weight) {
+  const StageRows w = stage_rows(weight);
   const int strips = tile.rows / kStripRows;
   StageLayout stage{};
   stage.groups = w.groups == 1 ? 1 : step_groups(w.group_size, tile.step);
   stage.x = strips * kStripRows * tile.step * w.bits / 8;
   stage.scales = stage.x + tile.tokens * tile.step * x_bytes(tile);
-  stage.zeros = stage.scales + strips * stage.groups * static_cast<int>(w.scale_row_bytes);
-  stage.bytes = stage.zeros + strips * stage.groups * static_cast<int>(w.zero_row_bytes);
+  stage.zeros = stage.scales + strips * stage.groups * w.scale_bytes;
+  stage.stored = stage.zeros + strips * stage.groups * w.zero_bytes;
+  if (!w.plain) {
+    const bool aligned = w.group_size <= tile.step && tile.step % w.group_size == 0;
+    if (w.super_bytes > 0)
+      stage.supers = runs_touched(stage.groups, aligned, w.groups, w.super_shift);
+    stage.stored_bytes = stage.groups * (w.stored_scale_bytes + w.stored_zero_bytes) +
+                         2 * stage.supers * w.super_bytes;
+  }
+  stage.bytes = stage.stored + strips * stage.stored_bytes;
   return stage;
 }
 
@@ -82,8 +132,8 @@ struct Residency {
 
 // Two blocks on a multiprocessor before deeper rings: while one block starts, sums or stores, the other one reads.
 template <class Weight>
-constexpr Residency residency(const Tile& tile, const Weight& weight, int64_t shared_per_block,
-                              int64_t shared_per_sm) {
+Residency residency(const Tile& tile, const Weight& weight, int64_t shared_per_block,
+                    int64_t shared_per_sm) {
   const StageLayout stage = stage_layout(tile, weight);
   for (int blocks = tile.blocks_per_sm; blocks >= 1; --blocks) {
     // A block costs the multiprocessor 1 KB more than it asks for.

@@ -74,6 +74,7 @@ class TileReader {
 
   // Scale of row g + 8j of a strip, in fp32.
   __device__ float scale(const uint8_t* strip, int64_t group, int g, int j) const {
+    if (!w_.plain) return stored_scale(strip, group, g, j);
     return load_element(strip + scale_row(group), w_.one_scale ? 0 : kReaderRows * g + j,
                         element_of(w_.scale_dtype));
   }
@@ -83,7 +84,30 @@ class TileReader {
       return is_integer() ? static_cast<float>(1 << (w_.bits - 1)) : 0.0f;
     const uint8_t* row = strip + zero_row(group);
     if (w_.zero_kind == ZeroKind::kInt) return static_cast<float>(row[kReaderRows * g + j]);
+    if (!w_.plain) {  // a code in the dtype of the scales, of 4 bits in the same byte
+      const uint32_t q = w_.scale_dtype == ScaleDtype::kUInt4
+                             ? uint32_t{strip[scale_row(group) + kReaderRows * g + j]} >> 4
+                             : uint32_t{row[kReaderRows * g + j]};
+      return ptx::mul_rn(scale_code_value(w_.scale_dtype, q),
+                         super(w_.super_zeros, strip, group, g, j));
+    }
     return load_element(row, kReaderRows * g + j, element_of(w_.scale_dtype));
+  }
+
+  __device__ float super(const WeightParams::Table& t, const uint8_t* strip, int64_t group, int g,
+                         int j) const {
+    const int64_t row = group >> t.shift;
+    return load_element(strip + t.offset, row * kStripRows + kReaderRows * g + j,
+                        element_of(w_.super_dtype));
+  }
+  __device__ float stored_scale(const uint8_t* strip, int64_t group, int g, int j) const {
+    const uint32_t q = strip[scale_row(group) + (w_.one_scale ? 0 : kReaderRows * g + j)];
+    float value =
+        scale_code_value(w_.scale_dtype, w_.scale_dtype == ScaleDtype::kUInt4 ? q & 15u : q);
+    if (w_.supers.offset != 0) value = ptx::mul_rn(value, super(w_.supers, strip, group, g, j));
+    if (w_.scale_dtype == ScaleDtype::kDynamic8)
+      value = ptx::add_rn(value, super(w_.super_zeros, strip, group, g, j));
+    return value;
   }
 
   __device__ bool is_integer() const { return cuda::is_integer(w_.format); }

@@ -31,8 +31,29 @@ inline WeightParams weight_params(const CudaTile64& tile, const Desc& desc, cons
   w.format = desc.format;
   w.bits = tile.bits;
   w.one_scale = tile.one_scale;
+  w.plain = tile.plain;
+  w.shared_super = desc.super_groups == -1;
+  w.super_dtype = desc.super_dtype;
+  const auto table = [&tile](int i) -> WeightParams::Table {
+    const GroupTable& t = tile.shape.tables[i];
+    return {tile.table_offset[i], t.fine_shift, kStripRows * t.bytes};
+  };
+  w.supers = table(kSuperTable);
+  w.super_zeros = table(kSuperZeroTable);
+  w.stored = {w.scale_dtype, w.scale_row_bytes, w.zero_row_bytes};
   w.perm = desc.has_perm ? reinterpret_cast<const int32_t*>(data + tile.perm_offset) : nullptr;
   return w;
+}
+
+// As fast kernels get it: with the floats that they make of the scales.
+inline WeightParams as_floats(const WeightParams& w) {
+  WeightParams floats = w;
+  if (w.plain) return floats;
+  const FloatRows rows = float_rows(w.scale_dtype, w.zero_kind, w.one_scale, w.zero_row_bytes);
+  floats.scale_dtype = rows.dtype;
+  floats.scale_row_bytes = rows.scale_bytes;
+  floats.zero_row_bytes = rows.zero_bytes;
+  return floats;
 }
 
 }  // namespace lowbit::cuda

@@ -71,4 +71,46 @@ inline const std::array<float, 256>& fp8_e5m2_code() {
   return code;
 }
 
+// The positive half of the dynamic map of bitsandbytes (Dettmers 2016, arXiv 1511.04561): 2^i numbers in each decade
+// 10^(i-7) .. 10^(i-6), as its writers round them to fp32.
+inline constexpr std::array<float, 127> kDynamicHalf = {
+#include "formats/dynamic_half.inc"
+};
+
+// The negatives, 0, the positives, 1.
+inline const std::array<float, 256>& dynamic8_code() {
+  static const std::array<float, 256> code = [] {
+    std::array<float, 256> all{};
+    for (size_t i = 0; i < kDynamicHalf.size(); ++i) {
+      all[128 + i] = kDynamicHalf[i];
+      all[126 - i] = -kDynamicHalf[i];
+    }
+    all[255] = 1.0f;
+    return all;
+  }();
+  return code;
+}
+
+// Powers of two: 2^(u - 127), 255 is NaN (OCP MX).
+inline const std::array<float, 256>& e8m0_code() {
+  static const std::array<float, 256> code = [] {
+    std::array<float, 256> all{};
+    for (int u = 0; u < 255; ++u) all[static_cast<size_t>(u)] = std::ldexp(1.0f, u - 127);
+    all[255] = std::numeric_limits<float>::quiet_NaN();
+    return all;
+  }();
+  return code;
+}
+
+// Integers from kLow on.
+template <int kCount, int kLow>
+const float* integer_code() {
+  static const std::array<float, kCount> code = [] {
+    std::array<float, kCount> all{};
+    for (int q = 0; q < kCount; ++q) all[static_cast<size_t>(q)] = static_cast<float>(q + kLow);
+    return all;
+  }();
+  return code.data();
+}
+
 }  // namespace lowbit

@@ -74,7 +74,7 @@ bool has_vectors(const Rows& rows, Element x) {
 }
 
 mp::Gemm params_of(const Product& p, const Config& config) {
-  mp::Gemm g = gemm_params(p.weight.tile);
+  mp::Gemm g = gemm_params(p.weight.tile, p.weight.desc);
   g.M = checked_int(p.op, "M", p.rows.M);
   g.x_stride = checked_int(p.op, "the stride of x", p.rows.stride);
   g.y_stride = static_cast<int32_t>(p.out_stride);

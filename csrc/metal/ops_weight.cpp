@@ -31,7 +31,8 @@ Tensor moved_to(const Place& place, const Tensor& tensor) {
 // whatever flags torch compiles shaders with; Apple's GPUs have the first not at all and promise the others nowhere. Memory is
 // shared and quantizing is done once.
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_bits, bool search,
-                                            const OptionalTensor& importance) {
+                                            const OptionalTensor& importance,
+                                            const OptionalTensor& super_scales) {
   const char* op = "lowbit::quantize";
   const Place place = place_of(weight, "weight");
   check_mps(op, place);
@@ -41,14 +42,17 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   const Desc desc = decode_desc(desc_bits);
   LOWBIT_CHECK(!desc.has_perm, op,
                ": desc has a perm; quantize the permuted weight and give the perm to pack");
-  canonical_shape(weight.size(0), weight.size(1), desc);  // throws where there is no such weight
+  // Throws where there is no such weight, or it is only read.
+  check_quantizable(op, desc, canonical_shape(weight.size(0), weight.size(1), desc), super_scales,
+                    place);
   if (importance.has_value())
     check_plain(op, "importance", *importance, place, ScalarType::Float, {weight.size(1)});
-  OptionalTensor importance_there;
+  OptionalTensor importance_there, supers_there;
   if (importance.has_value()) importance_there = moved_to(cpu_place(), *importance);
+  if (super_scales.has_value()) supers_there = moved_to(cpu_place(), *super_scales);
   using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(moved_to(cpu_place(), weight)), from(desc_bits),
-                                    from(search), from(importance_there)};
+  std::array<StableIValue, 5> stack{from(moved_to(cpu_place(), weight)), from(desc_bits),
+                                    from(search), from(importance_there), from(supers_there)};
 #if defined(LOWBIT_EMULATOR)
   const char* name = "lowbit::quantize";
 #else
@@ -65,6 +69,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
 
 // ---- dequantize --------------------------------------------------------------------------------------------------------
 
+// What the shaders here make and read: one float per group. The CPU does the rest.
+void check_scales(const char* op, const Desc& desc) {
+  LOWBIT_CHECK(scale_info(desc.scale_dtype).is_float() && desc.scaling != Scaling::kFlat, op, ": ",
+               to_string(desc), " is not read here on Metal: do it on the CPU");
+}
+
 // Canonical tensors as the shaders take them; absent ones are `packed`.
 struct Canonical {
   CanonicalTensors checked;
@@ -75,15 +85,17 @@ struct Canonical {
   const Tensor& perm;
 
   Canonical(const char* op, const Tensor& packed_codes, const Tensor& scale_table,
-            const OptionalTensor& zero_table, const OptionalTensor& order, const Place& place,
-            int64_t N, int64_t K, int64_t desc)
-      : checked(op, packed_codes, scale_table, zero_table, order, place, Values::kTrusted, N, K,
-                desc),
+            const OptionalTensor& zero_table, const OptionalTensor& order,
+            const OptionalTensor& super_scales, const OptionalTensor& super_zeros,
+            const Place& place, int64_t N, int64_t K, int64_t desc)
+      : checked(op, packed_codes, scale_table, zero_table, order, super_scales, super_zeros, place,
+                Values::kTrusted, N, K, desc),
         params(canonical_params(checked.desc, checked.shape)),
         packed(packed_codes),
         scales(scale_table),
         zeros(zero_table.has_value() ? *zero_table : packed_codes),
         perm(order.has_value() ? *order : packed_codes) {
+    check_scales(op, checked.desc);
     if (order.has_value()) params.kinds |= mp::kHasPerm;
   }
 };
@@ -104,11 +116,12 @@ void dequantize_into(const char* op, const Canonical& c, Element element, const 
 
 Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
                   const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
-                  ScalarType out_dtype) {
+                  ScalarType out_dtype, const OptionalTensor& super_scales,
+                  const OptionalTensor& super_zeros) {
   const char* op = "lowbit::dequantize";
   const Place place = place_of(packed, "packed");
   check_mps(op, place);
-  const Canonical c(op, packed, scales, zeros, perm, place, N, K, desc);
+  const Canonical c(op, packed, scales, zeros, perm, super_scales, super_zeros, place, N, K, desc);
   const Element element = float_element(op, "out_dtype", out_dtype);
   Tensor out = empty_on(place, {N, K}, out_dtype);
   dequantize_into(op, c, element, out);
@@ -117,11 +130,12 @@ Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTens
 
 void dequantize_out(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
                     const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
-                    const Tensor& out) {
+                    const Tensor& out, const OptionalTensor& super_scales,
+                    const OptionalTensor& super_zeros) {
   const char* op = "lowbit::dequantize_out";
   const Place place = place_of(packed, "packed");
   check_mps(op, place);
-  const Canonical c(op, packed, scales, zeros, perm, place, N, K, desc);
+  const Canonical c(op, packed, scales, zeros, perm, super_scales, super_zeros, place, N, K, desc);
   const Element element = float_element(op, "out", out);
   check_plain(op, "out", out, place, out.scalar_type(), {N, K});
   dequantize_into(op, c, element, out);
@@ -136,7 +150,7 @@ enum PackKernel { kPackCodes, kPackScales, kUnpackCodes, kUnpackScales, kCopyInt
 
 void set_geometry(mp::Canonical& p, const MetalTile4& tile) {
   p.strip_bytes = static_cast<uint32_t>(tile.strip_bytes);
-  p.high_plane = static_cast<uint32_t>(tile.plane_offset[1]);
+  p.high_plane = static_cast<uint32_t>(tile.planes.offset[1]);
   p.scales_offset = static_cast<uint32_t>(tile.scales_offset);
   p.zeros_offset = static_cast<uint32_t>(tile.zeros_offset);
 }
@@ -153,11 +167,12 @@ void copy_perm(const char* op, const Tensor& from, int64_t from_offset, const Te
 }
 
 Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
-            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc) {
+            const OptionalTensor& perm, int64_t N, int64_t K, int64_t desc,
+            const OptionalTensor& super_scales, const OptionalTensor& super_zeros) {
   const char* op = "lowbit::pack";
   const Place place = place_of(packed, "packed");
   check_mps(op, place);
-  Canonical c(op, packed, scales, zeros, perm, place, N, K, desc);
+  Canonical c(op, packed, scales, zeros, perm, super_scales, super_zeros, place, N, K, desc);
   LOWBIT_CHECK(c.checked.desc.layout == Layout::kMetalTile4, op, ": desc asks for layout ",
                name_of(c.checked.desc.layout), ", Metal packs ", name_of(Layout::kMetalTile4));
   const MetalTile4 tile = metal_tile4(N, K, c.checked.desc);
@@ -180,20 +195,20 @@ Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& ze
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, int64_t K,
-                                                  int64_t desc_bits) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N,
+                                                                  int64_t K, int64_t desc_bits) {
   const char* op = "lowbit::unpack";
   const Place place = place_of(w, "w");
   check_mps(op, place);
   const Weight weight(op, w, place, N, K, desc_bits);
   const Desc& desc = weight.desc;
+  check_scales(op, desc);
   const CanonicalShape s = canonical_shape(N, K, desc);
   mp::Canonical p = canonical_params(desc, s);
   set_geometry(p, weight.tile);
   Tensor packed = empty_on(place, {N, s.row_bytes}, ScalarType::Byte);
-  Tensor scales = empty_on(place, scales_shape(s), scale_scalar_type(desc.scale_dtype));
-  Tensor zeros = s.zero_bytes == 0 ? empty_on(place, {0}, ScalarType::Byte)
-                                   : empty_on(place, {N, s.groups}, zeros_scalar_type(desc));
+  Tensor scales = empty_table(place, s, desc, kScaleTable);
+  Tensor zeros = empty_table(place, s, desc, kZeroTable);
   Tensor perm = empty_on(place, {s.has_perm ? K : 0}, ScalarType::Int);
   const auto rows = static_cast<uint32_t>(N);
   plain(op, kUnpackCodes)
@@ -208,7 +223,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, int64_t N, in
       .tensor(s.zero_bytes == 0 ? packed : zeros)
       .run(groups_of(s.groups), rows, kThreads);
   if (s.has_perm) copy_perm(op, w, weight.tile.perm_offset, perm, 0, K);
-  return {packed, scales, zeros, perm};
+  return {packed,
+          scales,
+          zeros,
+          perm,
+          empty_table(place, s, desc, kSuperTable),
+          empty_table(place, s, desc, kSuperZeroTable)};
 }
 
 }  // namespace

@@ -21,12 +21,15 @@ struct Gemm {
   int32_t group_size, group_shift;  // its logarithm, or -1 where it is no power of two
   uint32_t strip_bytes, high_plane;
   uint32_t scales_offset, zeros_offset;
-  int32_t x_stride, y_stride;    // elements
-  int32_t kinds, x_groups;       // see below; scales per row of 8-bit activations
-  int32_t strips, split;         // SIMD-groups that share a strip's K (stream)
-  uint32_t perm_low, perm_high;  // bytes from the start of the weight
+  int32_t x_stride, y_stride;                  // elements
+  int32_t kinds, x_groups;                     // see below; scales per row of 8-bit activations
+  int32_t strips, split;                       // SIMD-groups that share a strip's K (stream)
+  uint32_t perm_low, perm_high;                // bytes from the start of the weight
+  uint32_t supers_offset, super_zeros_offset;  // of the second level of scales
+  int32_t super_shift,
+      super_dtype;  // row g >> super_shift is that of group g; 31: there is no second level
 };
-#define LOWBIT_GEMM_WORDS 9
+#define LOWBIT_GEMM_WORDS 11
 
 // ---- everything else ---------------------------------------------------------------------------------------------------
 
@@ -56,7 +59,7 @@ struct Rows {
 
 //   bit   0             4            8            12           16           20           24
 //         | scale dtype | zero kind  | x type     | y type     | bias type  | format     | flags
-// (An enumeration, because variables of a shader's namespaces have to be in the constant address space.)
+// (Enumerations, because variables of a shader's namespaces have to be in the constant address space.)
 enum KindFlags : int32_t {
   kOneScale = 1 << 24,  // 128x128 blocks: one scale per group of a strip
   kHasBias = 1 << 25,
@@ -70,6 +73,8 @@ enum KindFlags : int32_t {
   kStaticZero = 1 << 26,
   kPreScale = 1 << 30,
 };
+
+enum : int32_t { kNoSupers = 31 };
 
 constexpr int32_t make_kinds(ScaleDtype scale, ZeroKind zero, Element x, Element y, Element bias,
                              Format format) {

@@ -12,6 +12,13 @@ namespace {
 
 // ---- what each kernel takes --------------------------------------------------------------------------------------------
 
+// A chunk of 8 k takes one scale per row. Groups are multiples of 8, but for those of blocks that run across rows.
+bool refuse_short_groups(const Problem& p, const MetalTile4& weight, const Why& why) {
+  if (weight.groups == 1 || weight.group_size % 8 == 0) return false;
+  return why("blocks of ", p.desc.group_size, " across rows of K=", p.K, " have no more than ",
+             weight.group_size, " k in common, which is not a multiple of 8");
+}
+
 bool refuse_nothing(const KernelRow&, const Problem&, const MetalTile4&, const Why&) {
   return false;
 }
@@ -23,8 +30,8 @@ bool refuse_grouped_perm(const Problem& p, const Why& why) {
   return why("activation scales per 128 of K do not go with a perm");
 }
 
-bool refuse_stream(const KernelRow&, const Problem& p, const MetalTile4&, const Why& why) {
-  return refuse_grouped_perm(p, why);
+bool refuse_stream(const KernelRow&, const Problem& p, const MetalTile4& weight, const Why& why) {
+  return refuse_grouped_perm(p, why) || refuse_short_groups(p, weight, why);
 }
 
 // The last of them also makes several passes, where every row must be summed as if it were alone.
@@ -34,7 +41,12 @@ bool defer_stream(const KernelRow& row, const Problem& p, const Why& why) {
   return why("M=", p.M, " exceeds its ", row.tokens, row.tokens == 1 ? " row" : " rows");
 }
 
-bool refuse_matrix(const KernelRow&, const Problem& p, const MetalTile4&, const Why& why) {
+bool refuse_grad(const KernelRow&, const Problem& p, const MetalTile4& weight, const Why& why) {
+  return refuse_short_groups(p, weight, why);
+}
+
+bool refuse_matrix(const KernelRow&, const Problem& p, const MetalTile4& weight, const Why& why) {
+  if (refuse_short_groups(p, weight, why)) return true;
   if ((p.flags & kBatchInvariant) == 0) return false;
   return why("batch_invariant is set, and few rows are summed in another order");
 }
@@ -79,7 +91,7 @@ std::vector<KernelRow> make_table() {
   rows.push_back({Op::kGemmA8, Kernel::kMatrixExact, "matrix_exact_m64", 64, false, kExactTakes,
                   refuse_exact, defer_never});
   rows.push_back({Op::kGradInput, Kernel::kGrad, "grad_m64", 64, false,
-                  "bf16, fp16 or fp32 dy, any group: 8x8 matrices", refuse_nothing, defer_never});
+                  "bf16, fp16 or fp32 dy, any group: 8x8 matrices", refuse_grad, defer_never});
   for (Op op : {Op::kGemm, Op::kGemmA8})
     rows.push_back(
         {op, Kernel::kGeneral, "general", 1, true, "everything", refuse_nothing, defer_never});

@@ -33,7 +33,7 @@ Weight::Weight(const char* op, const Tensor& w, const Place& place, int64_t N, i
   LOWBIT_CHECK(starts_at(w, 16), op, ": w must start on a 16-byte boundary");
 }
 
-metal_params::Gemm gemm_params(const MetalTile4& tile) {
+metal_params::Gemm gemm_params(const MetalTile4& tile, const Desc& desc) {
   // canonical_shape keeps N and K below 2^28, so everything counted in 32 bits fits.
   metal_params::Gemm p{};
   p.N = static_cast<int32_t>(tile.N);
@@ -45,7 +45,7 @@ metal_params::Gemm gemm_params(const MetalTile4& tile) {
     if (tile.group_size == int64_t{1} << shift) p.group_shift = shift;
   }
   p.strip_bytes = static_cast<uint32_t>(tile.strip_bytes);
-  p.high_plane = static_cast<uint32_t>(tile.plane_offset[1]);
+  p.high_plane = static_cast<uint32_t>(tile.planes.offset[1]);
   p.scales_offset = static_cast<uint32_t>(tile.scales_offset);
   p.zeros_offset = static_cast<uint32_t>(tile.zeros_offset);
   p.strips = static_cast<int32_t>(tile.strips);
@@ -54,6 +54,11 @@ metal_params::Gemm gemm_params(const MetalTile4& tile) {
   p.perm_low = static_cast<uint32_t>(tile.perm_offset);
   p.perm_high = static_cast<uint32_t>(tile.perm_offset >> 32);
   if (tile.scale_rows == 1) p.kinds |= metal_params::kOneScale;
+  p.supers_offset = static_cast<uint32_t>(tile.table_offset[kSuperTable]);
+  p.super_zeros_offset = static_cast<uint32_t>(tile.table_offset[kSuperZeroTable]);
+  const GroupTable& supers = tile.shape.tables[kSuperTable];
+  p.super_shift = supers.present() ? supers.fine_shift : metal_params::kNoSupers;
+  p.super_dtype = static_cast<int32_t>(desc.super_dtype);
   return p;
 }
 

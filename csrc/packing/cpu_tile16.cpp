@@ -3,13 +3,16 @@
 #include <algorithm>
 #include <cstring>
 
+#include "packing/tables.h"
+
 namespace lowbit {
 namespace {
 
-// The largest block that no group can straddle.
+// Vector kernels walk halves of blocks, which no group may straddle. Where they do not run, a block is as short as the
+// group asks for.
 int block_k(const CanonicalShape& shape, const Desc& desc) {
-  if (desc.group_size == -1 || shape.group_size % 32 == 0) return 32;
-  return shape.group_size % 16 == 0 ? 16 : 8;
+  const bool short_groups = desc.group_size != -1 && shape.group_size % 16 != 0;
+  return short_groups && shape.group_size % 8 == 0 ? 8 : 32;
 }
 
 void lay_planes(CpuTile16& tile) {
@@ -29,16 +32,32 @@ void lay_planes(CpuTile16& tile) {
   tile.block_bytes = offset;
 }
 
-// Copies the entries of one strip between a canonical [rows, G] table and the strip's [G][per_group] table.
-template <class Copy>
-void for_each_entry(const CpuTile16& tile, int64_t strip, int per_group, Copy copy) {
-  const CanonicalShape& s = tile.shape;
-  for (int64_t g = 0; g < s.groups; ++g) {
-    for (int n = 0; n < per_group; ++n) {
-      const int64_t row = strip * kTileRows + n;
-      if (row < s.N) copy(s.scale_row(row) * s.groups + g, g * per_group + n);
+void lay_tables(CpuTile16& t) {
+  int64_t end = t.blocks * t.block_bytes;
+  for (int i = 0; i < kTableCount; ++i) {
+    const GroupTable& table = t.shape.tables[i];
+    if (i == kZeroTable && t.shape.zeros_in_scales()) {
+      t.table_offset[i] = t.table_offset[kScaleTable];
+      continue;
     }
+    const int lanes = i == kScaleTable ? t.scales_per_group : kTileRows;
+    t.table_offset[i] = end;
+    end = round_up(end + table.fine_count * lanes * table.bytes, 16);
   }
+  t.scales_offset = t.table_offset[kScaleTable];
+  t.zeros_offset = t.table_offset[kZeroTable];
+  t.strip_bytes = round_up(end, kVectorBytes);
+}
+
+int64_t entry_place(const CpuTile16& t, int i, int64_t j, int n) {
+  const int bytes = t.shape.tables[i].bytes == 0 ? 1 : t.shape.tables[i].bytes;
+  const int lanes = i == kScaleTable ? t.scales_per_group : kTileRows;
+  return t.table_offset[i] + (j * lanes + n) * bytes;
+}
+
+StripRows rows_of(const CpuTile16& t, int64_t strip) {
+  const int64_t first = strip * kTileRows;
+  return {first, static_cast<int>(std::min<int64_t>(kTileRows, t.shape.N - first))};
 }
 
 }  // namespace
@@ -52,14 +71,14 @@ CpuTile16 cpu_tile16(int64_t N, int64_t K, const Desc& desc) {
   t.K_padded = t.blocks * t.kb;
   t.strips = div_up(N, kTileRows);
   t.scales_per_group = desc.scaling == Scaling::kBlock128 ? 1 : kTileRows;
-  t.scales_offset = t.blocks * t.block_bytes;
-  t.zeros_offset =
-      t.scales_offset + round_up(t.shape.groups * t.scales_per_group * t.shape.scale_bytes, 16);
-  t.strip_bytes =
-      round_up(t.zeros_offset + t.shape.groups * kTileRows * t.shape.zero_bytes, kVectorBytes);
+  lay_tables(t);
   t.perm_offset = t.strips * t.strip_bytes;
   t.total_bytes = t.perm_offset + (t.shape.has_perm ? 4 * K : 0);
   return t;
+}
+
+int64_t pack_scratch_bytes(const CpuTile16& t) {
+  return std::max(t.K_padded * kTileRows, table_scratch_bytes(t.shape));
 }
 
 void pack_strip(const CpuTile16& t, const CanonicalConst& from, int64_t strip, uint8_t* to,
@@ -67,7 +86,7 @@ void pack_strip(const CpuTile16& t, const CanonicalConst& from, int64_t strip, u
   const CanonicalShape& s = t.shape;
   std::memset(to, 0, static_cast<size_t>(t.strip_bytes));
   std::memset(scratch, 0, static_cast<size_t>(t.K_padded * kTileRows));
-  const int rows = static_cast<int>(std::min<int64_t>(kTileRows, s.N - strip * kTileRows));
+  const int rows = rows_of(t, strip).count;
   for (int n = 0; n < rows; ++n) {
     unpack_row(from.packed + (strip * kTileRows + n) * s.row_bytes, s.K, s.bits,
                scratch + n * t.K_padded);
@@ -90,40 +109,20 @@ void pack_strip(const CpuTile16& t, const CanonicalConst& from, int64_t strip, u
       }
     }
   }
-  for_each_entry(t, strip, t.scales_per_group, [&](int64_t canonical, int64_t tiled) {
-    std::memcpy(to + t.scales_offset + tiled * s.scale_bytes,
-                from.scales + canonical * s.scale_bytes, static_cast<size_t>(s.scale_bytes));
-  });
-  if (s.zero_bytes > 0) {
-    for_each_entry(t, strip, kTileRows, [&](int64_t canonical, int64_t tiled) {
-      std::memcpy(to + t.zeros_offset + tiled * s.zero_bytes, from.zeros + canonical * s.zero_bytes,
-                  static_cast<size_t>(s.zero_bytes));
-    });
-  }
+  pack_tables(s, from, rows_of(t, strip), to, scratch,
+              [&t](int i, int64_t j, int n) { return entry_place(t, i, j, n); });
 }
 
 void unpack_strip(const CpuTile16& t, const uint8_t* from, int64_t strip,
                   const CanonicalMutable& to, uint8_t* scratch) {
   const CanonicalShape& s = t.shape;
-  const int rows = static_cast<int>(std::min<int64_t>(kTileRows, s.N - strip * kTileRows));
+  const int rows = rows_of(t, strip).count;
   for (int n = 0; n < rows; ++n) {
     for (int64_t k = 0; k < s.K; ++k) scratch[k] = static_cast<uint8_t>(tile16_code(t, from, n, k));
     pack_row(scratch, s.K, s.bits, to.packed + (strip * kTileRows + n) * s.row_bytes);
   }
-  // Eight strips share a block row's scales: the first one writes them, so that no two threads do.
-  const bool owns_scales = s.scale_rows == s.N || strip * kTileRows % 128 == 0;
-  for_each_entry(t, strip, owns_scales ? t.scales_per_group : 0,
-                 [&](int64_t canonical, int64_t tiled) {
-                   std::memcpy(to.scales + canonical * s.scale_bytes,
-                               from + t.scales_offset + tiled * s.scale_bytes,
-                               static_cast<size_t>(s.scale_bytes));
-                 });
-  if (s.zero_bytes > 0) {
-    for_each_entry(t, strip, kTileRows, [&](int64_t canonical, int64_t tiled) {
-      std::memcpy(to.zeros + canonical * s.zero_bytes, from + t.zeros_offset + tiled * s.zero_bytes,
-                  static_cast<size_t>(s.zero_bytes));
-    });
-  }
+  unpack_tables(s, from, rows_of(t, strip), to, scratch,
+                [&t](int i, int64_t j, int n) { return entry_place(t, i, j, n); });
 }
 
 }  // namespace lowbit

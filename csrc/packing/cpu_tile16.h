@@ -1,8 +1,8 @@
 // Kernel layout `cpu_tile16`: strips of 16 output rows, codes interleaved in quads of K.
 //
 //   tensor = strip 0 | strip 1 | ... | strip ceil(N/16)-1 | perm int32[K] (if any)
-//   strip  = codes of all of K | scales [G][16] | zeros or offsets [G][16] | padding to 64 bytes
-//   codes  = blocks of kb consecutive k (kb = 32, or 16 or 8 where the group size asks for it)
+//   strip  = codes of all of K | scales [G][16] | zeros or offsets [G][16] | super scales, their zeros | padding to 64 bytes
+//   codes  = blocks of kb consecutive k: 32, or 8 where the group size is no multiple of 16
 //   block  = the planes of the format, one behind the other: 2 -> {2}, 3 -> {2,1}, 4 -> {4}, 5 -> {4,1}, 6 -> {4,2}, 8 -> {8} bits
 //   plane  = 64-byte vectors. Byte 4*n + k%4 of a vector belongs to row n of the strip; its bits hold the same byte
 //            of P = 8 / plane_bits successive quads (k/4), the first quad in the lowest bits.
@@ -15,10 +15,14 @@
 //
 // Why: a 32-bit lane holds four consecutive k of one row, which is what VNNI's and NEON's dot products and AMX's B
 // tiles want; the same lane, shifted, gives one k of 16 rows for fp32 lanes. One load of 64 bytes serves any vector
-// width, codes are read in address order exactly once, and a group never straddles a block because kb divides the
-// group size. Rows past N and k past K hold code 0; scales and zeros past N are 0, so that padding adds nothing.
+// width, and codes are read in address order exactly once. A half of a block of 32 lies within one group. Rows past N
+// and k past K hold code 0; scales and zeros past N are 0, so that padding adds nothing.
 //
-// With 128x128 block scaling a strip keeps one scale per group, [G][1]: its 16 rows share a block row.
+// Scales are kept as they are stored, of one byte where the canonical ones have 8, 6 or 4 bits; offsets of 4 bits stand in
+// the high halves of the bytes of their scales. With 128x128 block scaling a strip keeps one scale per group, [G][1]: its 16
+// rows share a block row. Super scales are tables like the others, [ceil(G / S)][16], or [1][16] where one serves all.
+// Where blocks run across rows (flat), rows begin in the midst of blocks: tables then repeat what lies in two rows, and have
+// an entry for as many groups as begin with every row (GroupTable::fine_shift).
 #pragma once
 
 #include <cstdint>
@@ -48,6 +52,7 @@ struct CpuTile16 {
   int64_t strips;                       // ceil(N / 16)
   int scales_per_group;                 // 16, or 1 with block scaling
   int64_t scales_offset, zeros_offset;  // from the start of a strip
+  int64_t table_offset[kTableCount];    // the same for every table of the shape
   int64_t strip_bytes;
   int64_t perm_offset;  // from the start of the tensor
   int64_t total_bytes;
@@ -55,7 +60,8 @@ struct CpuTile16 {
 
 LOWBIT_API CpuTile16 cpu_tile16(int64_t N, int64_t K, const Desc& desc);
 
-// One strip of the kernel layout from canonical tensors, and back. `scratch` is K_padded * 16 bytes.
+// One strip of the kernel layout from canonical tensors, and back. `scratch` is pack_scratch_bytes() bytes.
+int64_t pack_scratch_bytes(const CpuTile16& tile);
 void pack_strip(const CpuTile16& tile, const CanonicalConst& from, int64_t strip, uint8_t* to,
                 uint8_t* scratch);
 void unpack_strip(const CpuTile16& tile, const uint8_t* from, int64_t strip,

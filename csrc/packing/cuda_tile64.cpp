@@ -2,127 +2,57 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
+
+#include "packing/tables.h"
 
 namespace lowbit {
 namespace {
 
-void lay_planes(CudaTile64& tile) {
-  const int low = low_plane_bits(tile.bits);
-  const int widths[2] = {low, tile.bits - low};
-  tile.plane_count = widths[1] > 0 ? 2 : 1;
-  for (int p = 0, offset = 0; p < tile.plane_count; ++p) {
-    tile.plane_bits[p] = widths[p];
-    tile.plane_offset[p] = offset;
-    offset += kStripRows * kTileK * widths[p] / 8;
-  }
-  tile.codes_bytes = kStripRows * kTileK * tile.bits / 8;
-}
-
-void lay_scales(CudaTile64& t) {
-  int64_t scales_end = 0;
+// Scales and zeros of groups; the end of what has been laid so far.
+int64_t lay_scales(CudaTile64& t) {
+  const bool shared = t.shape.zeros_in_scales();
   if (t.groups_per_tile > 0) {
     t.scales_offset = t.codes_bytes;
     t.zeros_offset = t.scales_offset + t.groups_per_tile * t.scale_row_bytes;
     t.tile_bytes = round_up(t.zeros_offset + t.groups_per_tile * t.zero_row_bytes, 32);
-    scales_end = t.tiles * t.tile_bytes;
-  } else {
-    t.tile_bytes = t.codes_bytes;
-    t.scales_offset = t.tiles * t.tile_bytes;
-    t.zeros_offset = t.scales_offset + t.groups * t.scale_row_bytes;
-    scales_end = t.zeros_offset + t.groups * t.zero_row_bytes;
+    if (shared) t.zeros_offset = t.scales_offset;
+    return t.tiles * t.tile_bytes;
   }
-  t.strip_bytes = round_up(scales_end, 128);
+  t.tile_bytes = t.codes_bytes;
+  t.scales_offset = t.tiles * t.tile_bytes;
+  const int64_t end = t.scales_offset + t.groups * t.scale_row_bytes;
+  t.zeros_offset = shared ? t.scales_offset : end;
+  return end + t.groups * t.zero_row_bytes;
 }
 
-// The 128 codes of one row of a tile, into (out of) one plane of `kBits` bits. Its words are visited in pairs of k: the
-// two elements of a pair stand in the two halves of one word.
-template <int kBits>
-void write_plane(const uint8_t* codes, int n, int position, uint8_t* plane) {
-  constexpr unsigned mask = (1u << kBits) - 1u;
-  for (int k = 0; k < kTileK; k += 2) {
-    const CodePlace place = code_place(n, k, kBits);
-    const unsigned even = codes[k] >> position & mask, odd = codes[k + 1] >> position & mask;
-    uint32_t word;
-    std::memcpy(&word, plane + 4 * place.word, 4);
-    word |= (even | odd << 16) << place.shift;
-    std::memcpy(plane + 4 * place.word, &word, 4);
+void lay_supers(CudaTile64& t, int64_t end) {
+  for (int i : {kSuperTable, kSuperZeroTable}) {
+    const GroupTable& table = t.shape.tables[i];
+    if (!table.present()) continue;
+    t.table_offset[i] = round_up(end, 16);
+    end = t.table_offset[i] + table.fine_count * kStripRows * table.bytes;
   }
+  t.strip_bytes = round_up(end, 128);
 }
 
-template <int kBits>
-void read_plane(const uint8_t* plane, int n, int position, uint8_t* codes) {
-  constexpr unsigned mask = (1u << kBits) - 1u;
-  for (int k = 0; k < kTileK; k += 2) {
-    const CodePlace place = code_place(n, k, kBits);
-    uint32_t word;
-    std::memcpy(&word, plane + 4 * place.word, 4);
-    word >>= place.shift;
-    codes[k] = static_cast<uint8_t>(codes[k] | (word & mask) << position);
-    codes[k + 1] = static_cast<uint8_t>(codes[k + 1] | (word >> 16 & mask) << position);
-  }
+// Of the pairs of a tile's row n.
+auto place_of(int n) {
+  return [n](int bits, int64_t k) { return code_place(n, static_cast<int>(k), bits); };
 }
 
-void write_row(const CudaTile64& t, const uint8_t* codes, int n, uint8_t* tile) {
-  for (int p = 0, position = 0; p < t.plane_count; position += t.plane_bits[p], ++p) {
-    uint8_t* plane = tile + t.plane_offset[p];
-    switch (t.plane_bits[p]) {
-      case 1:
-        write_plane<1>(codes, n, position, plane);
-        break;
-      case 2:
-        write_plane<2>(codes, n, position, plane);
-        break;
-      case 4:
-        write_plane<4>(codes, n, position, plane);
-        break;
-      default:
-        write_plane<8>(codes, n, position, plane);
-    }
-  }
+// Bytes from the start of a strip to entry j of row n (0..63) in a table.
+int64_t entry_place(const CudaTile64& t, int i, int64_t j, int n) {
+  const int bytes = t.shape.tables[i].bytes == 0 ? 1 : t.shape.tables[i].bytes;
+  const int64_t place = int64_t{scale_position(n)} * bytes;
+  if (i == kScaleTable) return t.scale_row(j) + (t.one_scale ? 0 : place);
+  if (i == kZeroTable) return (t.shape.zeros_in_scales() ? t.scale_row(j) : t.zero_row(j)) + place;
+  return t.table_offset[i] + j * kStripRows * bytes + place;
 }
 
-void read_row(const CudaTile64& t, const uint8_t* tile, int n, uint8_t* codes) {
-  std::memset(codes, 0, kTileK);
-  for (int p = 0, position = 0; p < t.plane_count; position += t.plane_bits[p], ++p) {
-    const uint8_t* plane = tile + t.plane_offset[p];
-    switch (t.plane_bits[p]) {
-      case 1:
-        read_plane<1>(plane, n, position, codes);
-        break;
-      case 2:
-        read_plane<2>(plane, n, position, codes);
-        break;
-      case 4:
-        read_plane<4>(plane, n, position, codes);
-        break;
-      default:
-        read_plane<8>(plane, n, position, codes);
-    }
-  }
-}
-
-// copy(canonical index, bytes from the strip's start) for each scale of a strip; the same for zeros.
-template <class Copy>
-void for_each_scale(const CudaTile64& t, int64_t strip, Copy copy) {
-  for (int64_t g = 0; g < t.groups; ++g) {
-    if (t.one_scale) {
-      copy(strip * kStripRows / 128 * t.groups + g, t.scale_row(g));
-      continue;
-    }
-    for (int64_t n = strip * kStripRows; n < std::min(t.N, (strip + 1) * kStripRows); ++n)
-      copy(n * t.groups + g,
-           t.scale_row(g) + scale_position(static_cast<int>(n % kStripRows)) * t.scale_bytes);
-  }
-}
-
-template <class Copy>
-void for_each_zero(const CudaTile64& t, int64_t strip, Copy copy) {
-  if (t.zero_bytes == 0) return;
-  for (int64_t g = 0; g < t.groups; ++g) {
-    for (int64_t n = strip * kStripRows; n < std::min(t.N, (strip + 1) * kStripRows); ++n)
-      copy(n * t.groups + g,
-           t.zero_row(g) + scale_position(static_cast<int>(n % kStripRows)) * t.zero_bytes);
-  }
+StripRows rows_of(const CudaTile64& t, int64_t strip) {
+  const int64_t first = strip * kStripRows;
+  return {first, static_cast<int>(std::min<int64_t>(kStripRows, t.N - first))};
 }
 
 }  // namespace
@@ -130,23 +60,29 @@ void for_each_zero(const CudaTile64& t, int64_t strip, Copy copy) {
 CudaTile64 cuda_tile64(int64_t N, int64_t K, const Desc& desc) {
   const CanonicalShape s = canonical_shape(N, K, desc);
   CudaTile64 t{};
+  t.shape = s;
   t.N = N;
   t.K = K;
   t.bits = s.bits;
-  lay_planes(t);
+  t.planes = lay_pair_planes(t.bits, [](int bits) { return kStripRows * kTileK * bits / 8; });
+  t.codes_bytes = static_cast<int>(t.planes.bytes);
   t.tiles = div_up(K, kTileK);
   t.strips = div_up(N, kStripRows);
   t.group_size = s.group_size;
   t.groups = s.groups;
   t.one_scale = desc.scaling == Scaling::kBlock128;
   // -1 stands in the table whatever K is, so that where scales are depends on desc alone.
-  const bool in_tile = desc.group_size != -1 && kTileK % desc.group_size == 0;
-  t.groups_per_tile = in_tile ? static_cast<int>(kTileK / desc.group_size) : 0;
+  const bool in_tile = desc.group_size != -1 && kTileK % s.group_size == 0;
+  t.groups_per_tile = in_tile ? static_cast<int>(kTileK / s.group_size) : 0;
   t.scale_bytes = s.scale_bytes;
   t.zero_bytes = s.zero_bytes;
   t.scale_row_bytes = t.one_scale ? 16 : kStripRows * s.scale_bytes;
   t.zero_row_bytes = kStripRows * s.zero_bytes;
-  lay_scales(t);
+  t.plain = scale_info(desc.scale_dtype).is_float();
+  t.floats = t.plain ? FloatRows{desc.scale_dtype, t.scale_row_bytes, t.zero_row_bytes}
+                     : float_rows(desc.scale_dtype, desc.zero_kind, t.one_scale, t.zero_row_bytes);
+  t.shared_super = desc.super_groups == -1;
+  lay_supers(t, lay_scales(t));
   t.perm_offset = t.strips * t.strip_bytes;
   t.total_bytes = t.perm_offset + (s.has_perm ? 4 * K : 0);
   return t;
@@ -155,7 +91,7 @@ CudaTile64 cuda_tile64(int64_t N, int64_t K, const Desc& desc) {
 void pack_strip64(const CudaTile64& t, const CanonicalConst& from, int64_t strip, uint8_t* to) {
   std::memset(to, 0, static_cast<size_t>(t.strip_bytes));
   const int64_t row_bytes = packed_row_bytes(t.K, t.bits);
-  const int rows = static_cast<int>(std::min<int64_t>(kStripRows, t.N - strip * kStripRows));
+  const int rows = rows_of(t, strip).count;
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
     const int64_t count = std::min<int64_t>(kTileK, t.K - tile * kTileK);
     for (int n = 0; n < rows; ++n) {
@@ -164,43 +100,30 @@ void pack_strip64(const CudaTile64& t, const CanonicalConst& from, int64_t strip
           from.packed + (strip * kStripRows + n) * row_bytes + tile * (kTileK / 8) * t.bits;
       uint8_t codes[kTileK] = {};
       unpack_row(row, count, t.bits, codes);
-      write_row(t, codes, n, to + tile * t.tile_bytes);
+      write_pairs(t.planes, codes, kTileK, to + tile * t.tile_bytes, place_of(n));
     }
   }
-  for_each_scale(t, strip, [&](int64_t canonical, int64_t offset) {
-    std::memcpy(to + offset, from.scales + canonical * t.scale_bytes,
-                static_cast<size_t>(t.scale_bytes));
-  });
-  for_each_zero(t, strip, [&](int64_t canonical, int64_t offset) {
-    std::memcpy(to + offset, from.zeros + canonical * t.zero_bytes,
-                static_cast<size_t>(t.zero_bytes));
-  });
+  std::vector<uint8_t> scratch(static_cast<size_t>(table_scratch_bytes(t.shape)));
+  pack_tables(t.shape, from, rows_of(t, strip), to, scratch.data(),
+              [&t](int i, int64_t j, int n) { return entry_place(t, i, j, n); });
 }
 
 void unpack_strip64(const CudaTile64& t, const uint8_t* from, int64_t strip,
                     const CanonicalMutable& to) {
   const int64_t row_bytes = packed_row_bytes(t.K, t.bits);
-  const int rows = static_cast<int>(std::min<int64_t>(kStripRows, t.N - strip * kStripRows));
+  const int rows = rows_of(t, strip).count;
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
     const int64_t count = std::min<int64_t>(kTileK, t.K - tile * kTileK);
     for (int n = 0; n < rows; ++n) {
       uint8_t codes[kTileK];
-      read_row(t, from + tile * t.tile_bytes, n, codes);
+      read_pairs(t.planes, from + tile * t.tile_bytes, kTileK, codes, place_of(n));
       pack_row(codes, count, t.bits,
                to.packed + (strip * kStripRows + n) * row_bytes + tile * (kTileK / 8) * t.bits);
     }
   }
-  // Two strips share a block row's scales: the first one writes them, so that no two threads do.
-  if (!t.one_scale || strip % 2 == 0) {
-    for_each_scale(t, strip, [&](int64_t canonical, int64_t offset) {
-      std::memcpy(to.scales + canonical * t.scale_bytes, from + offset,
-                  static_cast<size_t>(t.scale_bytes));
-    });
-  }
-  for_each_zero(t, strip, [&](int64_t canonical, int64_t offset) {
-    std::memcpy(to.zeros + canonical * t.zero_bytes, from + offset,
-                static_cast<size_t>(t.zero_bytes));
-  });
+  std::vector<uint8_t> scratch(static_cast<size_t>(table_scratch_bytes(t.shape)));
+  unpack_tables(t.shape, from, rows_of(t, strip), to, scratch.data(),
+                [&t](int i, int64_t j, int n) { return entry_place(t, i, j, n); });
 }
 
 }  // namespace lowbit

@@ -34,12 +34,18 @@
 //   any other group_size, -1    in the strip's table: [G][64] scales, then [G][64] zeros
 //   128x128 block scaling       in the tile: one scale, in 16 bytes; both strips of a block row hold it
 //
+// Scales are kept as they are stored, of one byte where the canonical ones have 8, 6 or 4 bits; offsets of 4 bits stand in
+// the high halves of the bytes of their scales. Super scales and their zeros stand behind all that, in tables of the strip:
+// [ceil(G / S)][64], or [1][64] where one serves all. Where blocks run across rows (flat), tables repeat entries, as in
+// packing/cpu_tile16.h.
+//
 // Rows past N and k past K hold code 0; scales and zeros past N are 0. A last group that K cuts short keeps its full place.
 #pragma once
 
 #include <cstdint>
 
 #include "packing/canonical.h"
+#include "packing/pairs.h"
 
 namespace lowbit {
 
@@ -47,9 +53,6 @@ inline constexpr int kStripRows = 64;
 inline constexpr int kTileK = 128;
 inline constexpr int kCellK = 16;
 inline constexpr int kWarpVector = 512;  // bytes of one vector of each lane
-
-// Bits of a code in its first plane; what is left of it makes the second.
-constexpr int low_plane_bits(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : 2; }
 
 // Bytes from the start of a strip to a group's row of `row_bytes`, where group 0's stands at `offset` (from the start of its
 // tile, or of the strip for a table). `Layout` is CudaTile64, or what kernels are given of it.
@@ -61,16 +64,28 @@ constexpr int64_t group_row(const Layout& layout, int64_t group, int64_t offset,
          group % layout.groups_per_tile * row_bytes;
 }
 
-// Plain data, also for device code.
+// Rows of scales, and of zeros or offsets, in bytes, as kernels read them that read floats only: bf16, where that holds every
+// scale, or fp32.
+struct FloatRows {
+  ScaleDtype dtype;
+  int scale_bytes, zero_bytes;
+};
+constexpr FloatRows float_rows(ScaleDtype stored, ZeroKind zeros, bool one_scale,
+                               int zero_row_bytes) {
+  const bool powers = stored == ScaleDtype::kE8m0;
+  const int scale_bytes = one_scale ? 16 : kStripRows * (powers ? 2 : 4);
+  return {powers ? ScaleDtype::kBFloat16 : ScaleDtype::kFloat32, scale_bytes,
+          zeros == ZeroKind::kOffset ? kStripRows * 4 : zero_row_bytes};
+}
+
 struct CudaTile64 {
+  CanonicalShape shape;
   int64_t N, K;
   int bits;
-  int plane_count;      // 1 or 2
-  int plane_bits[2];    // 1, 2, 4 or 8
-  int plane_offset[2];  // bytes from the start of a tile
-  int codes_bytes;      // of a tile: 1024 * bits
-  int64_t tile_bytes;   // codes, scales, zeros, padding
-  int64_t tiles;        // per strip
+  PairPlanes planes;   // from the start of a tile
+  int codes_bytes;     // of a tile: 1024 * bits
+  int64_t tile_bytes;  // codes, scales, zeros, padding
+  int64_t tiles;       // per strip
   int64_t strips;
   int64_t strip_bytes;
   int64_t perm_offset;  // from the start of the tensor
@@ -83,9 +98,14 @@ struct CudaTile64 {
   int zero_bytes;       // of one zero or offset, 0 when there are none
   int scale_row_bytes;  // 64 * scale_bytes, or 16 with block scaling
   int zero_row_bytes;
+  bool plain;             // scales, and offsets, are floats
+  bool shared_super;      // one super scale for all
+  FloatRows floats;       // what kernels make of them
   bool one_scale;         // block scaling
   int64_t scales_offset;  // of group 0, from the start of its tile, or of the strip for a table
   int64_t zeros_offset;
+  int64_t table_offset
+      [kTableCount];  // of super scales and their zeros, from the start of a strip; 0: none
 
   // Bytes from the start of a strip to a group's row of scales (of zeros).
   int64_t scale_row(int64_t group) const {
@@ -102,13 +122,8 @@ LOWBIT_API CudaTile64 cuda_tile64(int64_t N, int64_t K, const Desc& desc);
 // Where the row n (0..63) of a strip stands in a row of scales.
 constexpr int scale_position(int n) { return n % 8 * 8 + n / 8; }
 
-// Where the code of (n, k) of a tile stands in a plane: byte from the start of the plane, and bit in that byte's 32-bit
-// word counted from the word's start. n in 0..63, k in 0..127, bits the plane's.
-struct CodePlace {
-  int word;   // index of the 32-bit word in the plane
-  int shift;  // of the code's lowest bit in that word
-};
-constexpr CodePlace code_place(int n, int k, int bits) {
+// Where the code of (n, k) of a tile stands in a plane of `bits` bits. n in 0..63, k in 0..127.
+constexpr PairPlace code_place(int n, int k, int bits) {
   const int cell = k / 16, fragment = n / 16;
   const int g = n % 8, half_rows = n % 16 / 8;  // rows g and g + 8 of a fragment
   const int within = k % 16, t = within % 8 / 2, half_k = within / 8, element = k % 2;

@@ -24,12 +24,15 @@
 // Scales. [G][4]: the four rows' scales of a group are one vector. Zeros and offsets likewise, behind them. With 128x128 block
 // scaling [G]: one scale per group, which all strips of a block row hold.
 //
+// Scales of one byte, super scales, and blocks that run across rows: as in packing/cpu_tile16.h, with 4 rows in place of 16.
+//
 // Rows past N and k past K hold code 0; scales and zeros past N are 0. A last group that K cuts short has a full place.
 #pragma once
 
 #include <cstdint>
 
 #include "packing/canonical.h"
+#include "packing/pairs.h"
 
 namespace lowbit {
 
@@ -37,12 +40,11 @@ inline constexpr int kMetalRows = 4;
 inline constexpr int kChunkK = 8;
 
 struct MetalTile4 {
+  CanonicalShape shape;
   int64_t N, K;
   int bits;
-  int plane_count;          // 1 or 2
-  int plane_bits[2];        // 1, 2, 4 or 8
-  int64_t plane_offset[2];  // bytes from the start of a strip
-  int64_t chunks;           // per strip: ceil(K / 8)
+  PairPlanes planes;  // from the start of a strip
+  int64_t chunks;     // per strip: ceil(K / 8)
   int64_t strips;
   int64_t strip_bytes;
   int64_t perm_offset;  // from the start of the tensor
@@ -55,6 +57,7 @@ struct MetalTile4 {
   int zero_bytes;         // of one zero or offset, 0 when there are none
   int64_t scales_offset;  // from the start of a strip
   int64_t zeros_offset;
+  int64_t table_offset[kTableCount];  // the same for every table of the shape
 
   int64_t scale_place(int64_t group, int row) const {
     return scales_offset + (group * scale_rows + (scale_rows == 1 ? 0 : row)) * scale_bytes;
@@ -68,11 +71,7 @@ struct MetalTile4 {
 LOWBIT_API MetalTile4 metal_tile4(int64_t N, int64_t K, const Desc& desc);
 
 // Where the code of row 0..3 and k 0..7 of a chunk stands in a plane of `bits` bits.
-struct ChunkPlace {
-  int word;   // 0 .. bits - 1
-  int shift;  // of the code's lowest bit in that word
-};
-constexpr ChunkPlace chunk_place(int row, int k, int bits) {
+constexpr PairPlace chunk_place(int row, int k, int bits) {
   const int bit = (4 * row + k / 2) * bits;
   return {bit / 16, bit % 16 + 16 * (k % 2)};
 }

@@ -9,6 +9,9 @@
 //                 (with zeros, lo = min(x, 0) and hi = max(x, 0))
 //   offset        s = R((max - min) / top)  o = R(min)                   q = clamp(rne((x - o) / s), 0, top)
 //   code book     s = R(amax / largest)     t = x / s, clamped           fp8, fp4: rne in the format; nf4: midpoints below t
+//   powers of two s = 2^(floor(log2 amax) - floor(log2 largest))         where there are no zeros (OCP MX)
+//
+// Under a scale of all scales u, R(s) stands for R(s / u) * u.
 //
 // A group without extent has s = 1; an s that would round to 0 becomes the dtype's smallest number; a group with a NaN
 // has a NaN scale.
@@ -49,69 +52,7 @@ LOWBIT_HD inline float clamp(float value, float low, float high) {
   return value < high ? value : high;
 }
 
-// ---- storage of scales, zeros, offsets ---------------------------------------------------------------------------------
-
-LOWBIT_HD inline uint32_t half_bits_of(float value) {
-  const uint32_t bits = float_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 2^16 or more
-  if (magnitude < 0x38800000u) {
-    // Below 2^-14. Adding 0.5 rounds to a multiple of 2^-24, the spacing of fp16's subnormals.
-    return sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u);
-  }
-  const uint32_t rebiased = magnitude - 0x38000000u;
-  return sign | ((rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13);
-}
-
-LOWBIT_HD inline float half_value_of(uint32_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  if (magnitude >= 0x400u) return bits_float(sign | ((magnitude << 13) + 0x38000000u));
-  // Exact, and never subnormal in fp32.
-  return bits_float(float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f) |
-                    sign);
-}
-
-LOWBIT_HD inline uint32_t bfloat_bits_of(float value) {
-  const uint32_t bits = float_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-
-// What a reader of the stored number will see.
-LOWBIT_HD inline float rounded(float value, ScaleDtype dtype) {
-  if (dtype == ScaleDtype::kFloat16) return half_value_of(half_bits_of(value));
-  if (dtype == ScaleDtype::kBFloat16) return bits_float(bfloat_bits_of(value) << 16);
-  return value;
-}
-
-LOWBIT_HD inline void store_rounded(float value, ScaleDtype dtype, uint8_t* to) {
-  if (dtype == ScaleDtype::kFloat32) {
-    __builtin_memcpy(to, &value, 4);
-    return;
-  }
-  const uint16_t bits = static_cast<uint16_t>(
-      dtype == ScaleDtype::kFloat16 ? half_bits_of(value) : bfloat_bits_of(value));
-  __builtin_memcpy(to, &bits, 2);
-}
-
-// The smallest positive number of a dtype: what a scale becomes that would otherwise round to zero.
-LOWBIT_HD inline float smallest(ScaleDtype dtype) {
-  return dtype == ScaleDtype::kFloat32   ? bits_float(1)
-         : dtype == ScaleDtype::kFloat16 ? 0x1p-24f
-                                         : bits_float(0x10000u);
-}
-
-// A usable scale: 1 for a group of zeros, never 0 for one that is not.
-LOWBIT_HD inline float rounded_scale(float scale, ScaleDtype dtype) {
-  if (scale == 0.0f) return 1.0f;
-  const float result = rounded(scale, dtype);
-  return result == 0.0f ? smallest(dtype) : result;
-}
-
-// ---- codes -------------------------------------------------------------------------------------------------------------
+// ---- small floats ---------------------------------------------------------------------------------------------------
 
 // A float with few bits: sign, exponent (IEEE bias), mantissa. |value| is at most the largest finite one.
 template <int kExponentBits, int kMantissaBits>
@@ -148,6 +89,110 @@ struct SmallFloat {
     return bits_float(float_bits(result) | (bits & 0x80000000u));
   }
 };
+
+// ---- storage of scales, zeros, offsets ---------------------------------------------------------------------------------
+
+LOWBIT_HD inline uint32_t half_bits_of(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 2^16 or more
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14. Adding 0.5 rounds to a multiple of 2^-24, the spacing of fp16's subnormals.
+    return sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u);
+  }
+  const uint32_t rebiased = magnitude - 0x38000000u;
+  return sign | ((rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13);
+}
+
+LOWBIT_HD inline float half_value_of(uint32_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= 0x400u) return bits_float(sign | ((magnitude << 13) + 0x38000000u));
+  // Exact, and never subnormal in fp32.
+  return bits_float(float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f) |
+                    sign);
+}
+
+LOWBIT_HD inline uint32_t bfloat_bits_of(float value) {
+  const uint32_t bits = float_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// The power of two nearest to a positive number, from 2^-127 on; 0 for others, a NaN beyond 2^127.
+LOWBIT_HD inline float nearest_power(float value) {
+  if (value <= 0.0f) return 0.0f;
+  const uint32_t bits = float_bits(value);
+  if (bits < 0x00600000u) return bits_float(0x00400000u);
+  const uint32_t power = (bits + 0x00400000u) & 0x7f800000u;
+  return bits_float(power == 0x7f800000u ? 0x7fc00000u : power);
+}
+
+// E4M3 has no infinity: what rounds to more than 448 is a NaN.
+LOWBIT_HD inline float nearest_e4m3(float value) {
+  const bool fits = value >= -464.0f && value <= 464.0f;
+  return fits ? SmallFloat<4, 3>::nearest(value) : bits_float(0x7fc00000u);
+}
+
+// The code of a number that `rounded` gave.
+LOWBIT_HD inline uint8_t scale_code(float value, ScaleDtype dtype) {
+  if (dtype == ScaleDtype::kE8m0)
+    return is_nan(value) ? 255 : static_cast<uint8_t>(float_bits(value) >> 23);
+  return is_nan(value) ? 0x7f : SmallFloat<4, 3>::encode(value);
+}
+
+// What a reader of the stored number will see.
+LOWBIT_HD inline float rounded(float value, ScaleDtype dtype) {
+  if (dtype == ScaleDtype::kFloat16) return half_value_of(half_bits_of(value));
+  if (dtype == ScaleDtype::kBFloat16) return bits_float(bfloat_bits_of(value) << 16);
+  if (dtype == ScaleDtype::kE8m0) return nearest_power(value);
+  if (dtype == ScaleDtype::kE4m3) return nearest_e4m3(value);
+  return value;
+}
+
+LOWBIT_HD inline void store_rounded(float value, ScaleDtype dtype, uint8_t* to) {
+  if (dtype == ScaleDtype::kFloat32) {
+    __builtin_memcpy(to, &value, 4);
+    return;
+  }
+  if (dtype == ScaleDtype::kE8m0 || dtype == ScaleDtype::kE4m3) {
+    *to = scale_code(rounded(value, dtype), dtype);
+    return;
+  }
+  const uint16_t bits = static_cast<uint16_t>(
+      dtype == ScaleDtype::kFloat16 ? half_bits_of(value) : bfloat_bits_of(value));
+  __builtin_memcpy(to, &bits, 2);
+}
+
+// The smallest positive number of a dtype: what a scale becomes that would otherwise round to zero.
+LOWBIT_HD inline float smallest(ScaleDtype dtype) {
+  return dtype == ScaleDtype::kFloat32   ? bits_float(1)
+         : dtype == ScaleDtype::kFloat16 ? 0x1p-24f
+         : dtype == ScaleDtype::kE4m3    ? 0x1p-9f
+         : dtype == ScaleDtype::kE8m0    ? bits_float(0x00400000u)
+                                         : bits_float(0x10000u);
+}
+
+// How a scale is stored: in a dtype, in units of the scale of all scales (1 where there is none).
+struct ScaleStorage {
+  ScaleDtype dtype;
+  float unit;
+};
+
+// A usable scale: one unit for a group of zeros, never 0 for one that is not.
+LOWBIT_HD inline float rounded_scale(float scale, const ScaleStorage& to) {
+  if (scale == 0.0f) return to.unit;
+  const float result = rounded(scale / to.unit, to.dtype);
+  return (result == 0.0f ? smallest(to.dtype) : result) * to.unit;
+}
+
+LOWBIT_HD inline void store_scale(float scale, const ScaleStorage& storage, uint8_t* to) {
+  store_rounded(scale / storage.unit, storage.dtype, to);
+}
+
+// ---- codes -------------------------------------------------------------------------------------------------------------
 
 struct Affine {
   float scale;
@@ -240,42 +285,57 @@ struct Range {
 
 // The parts of a quantizer's job that scale and zero depend on.
 struct CodeGrid {
-  ScaleDtype scale_dtype;
+  ScaleStorage scales;
   int bits;
   float max;          // FormatInfo::max
   bool is_code_book;  // otherwise integers
 };
 
 // Scale and zero for a group whose range is taken to be `factor` times its own.
+LOWBIT_HD inline float power_below(float value) {
+  return bits_float(float_bits(value) & 0x7f800000u);
+}
+
+// Symmetric codes and code books: the largest magnitude goes to the largest code. Powers of two are taken by OCP's rule, the
+// exponent of the magnitude less that of the largest code, so that up to a quarter of the range is clipped.
+LOWBIT_HD inline float symmetric_scale(const CodeGrid& grid, float magnitude) {
+  if (grid.scales.dtype != ScaleDtype::kE8m0)
+    return rounded_scale(magnitude / grid.max, grid.scales);
+  if (magnitude == 0.0f) return 1.0f;
+  const float scale = power_below(magnitude) / power_below(grid.max);
+  return scale < bits_float(0x00400000u) ? bits_float(0x00400000u)
+                                         : rounded(scale, grid.scales.dtype);
+}
+
 template <ZeroKind kKind>
 LOWBIT_HD inline Affine affine_of(const CodeGrid& grid, const Range& r, float factor) {
   const float top = static_cast<float>((1 << grid.bits) - 1);
   Affine p{1.0f, 0.0f, 0.0f};
   if constexpr (kKind == ZeroKind::kNone) {
-    p.scale = rounded_scale(r.magnitude * factor / grid.max, grid.scale_dtype);
+    p.scale = symmetric_scale(grid, r.magnitude * factor);
     p.zero = static_cast<float>(1 << (grid.bits - 1));
   } else if constexpr (kKind == ZeroKind::kOffset) {
     const float middle = (r.low + r.high) * 0.5f;
-    p.scale = rounded_scale((r.high - r.low) * factor / top, grid.scale_dtype);
+    p.scale = rounded_scale((r.high - r.low) * factor / top, grid.scales);
     p.offset =
-        rounded(factor == 1.0f ? r.low : middle - (middle - r.low) * factor, grid.scale_dtype);
+        rounded(factor == 1.0f ? r.low : middle - (middle - r.low) * factor, grid.scales.dtype);
   } else {
     // Zero stays inside the range, so that an exact 0 is never lost and integer zeros fit their codes.
     const float low = (r.low < 0.0f ? r.low : 0.0f) * factor;
     const float high = (r.high > 0.0f ? r.high : 0.0f) * factor;
-    p.scale = rounded_scale((high - low) / top, grid.scale_dtype);
+    p.scale = rounded_scale((high - low) / top, grid.scales);
     p.zero = kKind == ZeroKind::kInt
                  ? clamp(round_even(clamp(-low / p.scale, 0.0f, 65536.0f)), 0.0f, top)
-                 : rounded(-low / p.scale, grid.scale_dtype);
+                 : rounded(-low / p.scale, grid.scales.dtype);
   }
   return p;
 }
 
 template <ZeroKind kKind>
-LOWBIT_HD inline Affine round_to_storage(Affine p, ScaleDtype dtype) {
-  p.scale = rounded_scale(p.scale, dtype);
-  if (kKind == ZeroKind::kFloat) p.zero = rounded(p.zero, dtype);
-  if (kKind == ZeroKind::kOffset) p.offset = rounded(p.offset, dtype);
+LOWBIT_HD inline Affine round_to_storage(Affine p, const ScaleStorage& scales) {
+  p.scale = rounded_scale(p.scale, scales);
+  if (kKind == ZeroKind::kFloat) p.zero = rounded(p.zero, scales.dtype);
+  if (kKind == ZeroKind::kOffset) p.offset = rounded(p.offset, scales.dtype);
   return p;
 }
 
@@ -297,6 +357,9 @@ LOWBIT_HD inline void store_zero(const Affine& p, ScaleDtype dtype, uint8_t* to)
 // ---- the search --------------------------------------------------------------------------------------------------------
 
 enum : int { kSearchSteps = 64, kSearchRefits = 4 };
+LOWBIT_HD inline int search_steps(const CodeGrid& grid) {
+  return grid.scales.dtype == ScaleDtype::kE8m0 ? 2 : kSearchSteps;
+}
 
 // Only a group whose extent and scale are finite is searched.
 LOWBIT_HD inline bool searchable(const Range& r, const Affine& p) {
@@ -309,6 +372,8 @@ LOWBIT_HD inline bool searchable(const Range& r, const Affine& p) {
 // positive extreme.
 template <ZeroKind kKind>
 LOWBIT_HD inline float search_factor(const CodeGrid& grid, const Range& r, int step) {
+  if (grid.scales.dtype == ScaleDtype::kE8m0)  // the powers beside round-to-nearest's
+    return step == 0 ? 0.5f : step == 1 ? 2.0f : 1.0f;
   const bool reaches_down = kKind == ZeroKind::kNone && !grid.is_code_book;
   const float sign = reaches_down && r.high > -r.low ? -1.0f : 1.0f;
   return sign * (0.40f + 0.012f * static_cast<float>(step));

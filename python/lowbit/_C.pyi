@@ -23,6 +23,16 @@ class _DescFields(TypedDict):
     scaling: int
     has_perm: bool
     layout: int
+    super_dtype: int
+    super_groups: int
+
+@type_check_only
+class _ScaleRow(TypedDict):
+    id: int
+    name: str
+    bits: int
+    needs_super: bool
+    code: list[float]
 
 @type_check_only
 class _Shapes(TypedDict):
@@ -30,12 +40,14 @@ class _Shapes(TypedDict):
     scales: tuple[int, ...]
     zeros: tuple[int, ...] | None
     perm: tuple[int, ...] | None
+    super_scales: tuple[int, ...] | None
+    super_zeros: tuple[int, ...] | None
 
 def build_info() -> dict[str, str]:
     """Version, compiler, flags, ABI target."""
 
 def canonical_shapes(N: int, K: int, desc: int) -> _Shapes:
-    """Shapes of packed, scales, zeros and perm; ValueError, with the values, when there are none."""
+    """Shapes of the canonical tensors, None where there is none; ValueError, with the values, when there are none."""
 
 def cpu_features() -> dict[str, bool]:
     """What this CPU offers."""
@@ -74,7 +86,15 @@ def kernel_table(compiled: bool = False) -> list[dict[str, Any]]:
     """
 
 def make_desc(
-    format: int, group_size: int, zero_kind: int, scale_dtype: int, scaling: int, has_perm: bool, layout: int
+    format: int,
+    group_size: int,
+    zero_kind: int,
+    scale_dtype: int,
+    scaling: int,
+    has_perm: bool,
+    layout: int,
+    super_dtype: int = 0,
+    super_groups: int = 0,
 ) -> int:
     """The int that tells an op what a weight is; ValueError where no such weight exists."""
 
@@ -98,6 +118,9 @@ def set_metal_launcher(compile: int, launch: int) -> None:
 
 def set_extra_isa(name: str, tile_kernels: int) -> None:
     """For tests: add a level that runs only when named, with the AmxKernels at this address; 0 removes it."""
+
+def scale_table() -> list[_ScaleRow]:
+    """Every dtype of scales; code is empty for float32, float16 and bfloat16."""
 
 def set_isa(name: str) -> None:
     """Use another instruction set from now on, in every thread."""

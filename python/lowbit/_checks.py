@@ -8,8 +8,8 @@ that a wrong call fails while it is traced, not when the compiled graph first ru
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from lowbit import _C
 
 __all__ = [
     "FLOATS",
+    "SCALE_DTYPES",
     "Desc",
+    "Tables",
     "absent_perm",
+    "absent_super_zeros",
+    "absent_supers",
     "absent_zeros",
-    "canonical_shapes",
     "check",
     "check_bias",
     "check_canonical",
@@ -33,28 +36,52 @@ __all__ = [
     "check_rows",
     "check_tensor",
     "dtype_name",
+    "packed_shape",
     "parse",
     "refuse_grad",
+    "tables",
 ]
 
 #: Dtypes of x, of weights to be quantized, and of what comes out.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-_SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+#: Dtype of scales in a desc -> of the tensor that holds them. Codes are bytes, or a bit stream of 4 or 6 bits each.
+SCALE_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "e8m0": torch.float8_e8m0fnu,
+    "e4m3": torch.float8_e4m3fn,
+    **{row["name"]: torch.uint8 for row in _C.scale_table() if row["needs_super"]},
+}
+_SCALE_BITS: Final = {row["name"]: row["bits"] for row in _C.scale_table()}
+
+#: Shape and dtype of a tensor.
+Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 class Desc(NamedTuple):
-    """The fields of a desc; `zero_dtype` is None when there is no third tensor."""
+    """The fields of a desc."""
 
     format: str
     bits: int
     zero_kind: str
     group_size: int
-    scale_dtype: torch.dtype
-    zero_dtype: torch.dtype | None
-    block: bool
+    scale_dtype: str
+    scaling: str
     has_perm: bool
     layout: int
+    super_dtype: str
+    super_groups: int
+
+
+class Tables(NamedTuple):
+    """What stands beside the codes: shape and dtype of each tensor, None where there is none."""
+
+    scales: Spec
+    zeros: Spec | None
+    super_scales: Spec | None
+    super_zeros: Spec | None
 
 
 @functools.cache
@@ -67,27 +94,51 @@ def parse(desc: int) -> Desc:
     """The fields of `desc`; ValueError when it is not one."""
     fields = _C.parse_desc(desc)
     row = next(row for row in _C.format_table() if row["id"] == fields["format"])
-    scale_dtype = _SCALE_DTYPES[_names("scale_dtype")[fields["scale_dtype"]]]
-    kind = _names("zero_kind")[fields["zero_kind"]]
     return Desc(
         format=row["name"],
         bits=row["bits"],
-        zero_kind=kind,
+        zero_kind=_names("zero_kind")[fields["zero_kind"]],
         group_size=fields["group_size"],
-        scale_dtype=scale_dtype,
-        zero_dtype={"none": None, "int": torch.uint8}.get(kind, scale_dtype),
-        block=_names("scaling")[fields["scaling"]] == "block128",
+        scale_dtype=_names("scale_dtype")[fields["scale_dtype"]],
+        scaling=_names("scaling")[fields["scaling"]],
         has_perm=bool(fields["has_perm"]),
         layout=fields["layout"],
+        super_dtype=_names("scale_dtype")[fields["super_dtype"]],
+        super_groups=fields["super_groups"],
     )
 
 
-def canonical_shapes(N: int, K: int, d: Desc) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of packed and of scales (zeros have the shape of scales); N and K may be symbolic."""
-    packed = (N, (K * d.bits + 7) // 8)
-    if d.block:
-        return packed, ((N + 127) // 128, (K + 127) // 128)
-    return packed, (N, 1 if d.group_size == -1 else (K + d.group_size - 1) // d.group_size)
+def packed_shape(N: int, K: int, d: Desc) -> tuple[int, int]:
+    """Shape of packed; N and K may be symbolic, here and in `tables`."""
+    return N, (K * d.bits + 7) // 8
+
+
+def tables(N: int, K: int, d: Desc) -> Tables:
+    """Shapes and dtypes of scales, zeros and the second level of both."""
+    size, every = d.group_size, d.super_groups
+    groups = 1 if size == -1 else (K + size - 1) // size
+    dtype, bits = SCALE_DTYPES[d.scale_dtype], _SCALE_BITS[d.scale_dtype]
+    blocks = (N * K + size - 1) // size if d.scaling == "flat" else 0
+    shape: tuple[int, ...] = (N, groups if bits >= 8 else (groups * bits + 7) // 8)
+    if d.scaling == "flat":
+        shape = (blocks,)
+    elif d.scaling == "block128":
+        shape = ((N + 127) // 128, groups)
+    zeros: Spec | None = None
+    if d.zero_kind != "none":
+        zeros = ((N, groups), torch.uint8) if d.zero_kind == "int" else (shape, dtype)
+    if every == 0:
+        return Tables((shape, dtype), zeros, None, None)
+    above: tuple[int, ...] = (N, (groups + every - 1) // every)
+    if every == -1:
+        above = (1,)
+    elif d.scaling == "flat":
+        above = ((blocks + every - 1) // every,)
+    super_dtype = SCALE_DTYPES[d.super_dtype]
+    super_zeros: Spec | None = (above, super_dtype) if d.zero_kind == "offset" else None
+    if d.scale_dtype == "dynamic8":
+        super_zeros = ((1,), super_dtype)
+    return Tables((shape, dtype), zeros, (above, super_dtype), super_zeros)
 
 
 def absent_zeros(desc: int) -> bool:
@@ -98,6 +149,16 @@ def absent_zeros(desc: int) -> bool:
 def absent_perm(desc: int) -> bool:
     """Whether `desc` has no perm. Bit arithmetic, so that Dynamo can trace it."""
     return (desc >> 20) & 1 == 0
+
+
+def absent_supers(desc: int) -> bool:
+    """Whether `desc` has scales of one level. Bit arithmetic, so that Dynamo can trace it."""
+    return (desc >> 56) & 0xF == 0
+
+
+def absent_super_zeros(desc: int) -> bool:
+    """Whether there are no super zeros: two levels have them with offsets (3) and with dynamic8 scales (9)."""
+    return absent_supers(desc) or ((desc >> 8) & 0xF != 3 and (desc >> 12) & 0xF != 9)
 
 
 def check(condition: bool, op: str, message: str) -> None:
@@ -146,19 +207,30 @@ def refuse_grad(op: str, instead: str, *tensors: Tensor | None) -> None:
 
 
 def check_canonical(
-    op: str, packed: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, N: int, K: int, desc: int
+    op: str,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    N: int,
+    K: int,
+    desc: int,
+    super_scales: Tensor | None = None,
+    super_zeros: Tensor | None = None,
 ) -> None:
     """Raise unless the canonical tensors are what N, K and desc say."""
     d = parse(desc)
-    packed_shape, scales_shape = canonical_shapes(N, K, d)
-    check_tensor(op, "packed", packed, packed_shape, torch.uint8)
-    check_tensor(op, "scales", scales, scales_shape, d.scale_dtype)
-    given = "absent" if zeros is None else "given"
-    check((zeros is None) == (d.zero_dtype is None), op, f"zeros are {given}, but desc says zeros={d.zero_kind}")
-    given, wanted = "absent" if perm is None else "given", "there" if d.has_perm else "not"
-    check((perm is not None) == d.has_perm, op, f"perm is {given}, but desc says it is {wanted}")
-    if zeros is not None and d.zero_dtype is not None:
-        check_tensor(op, "zeros", zeros, scales_shape, d.zero_dtype)
+    check_tensor(op, "packed", packed, packed_shape(N, K, d), torch.uint8)
+    levels = f"scaling={d.scaling} super_groups={d.super_groups} scales={d.scale_dtype}"
+    given_tables = (scales, zeros, super_scales, super_zeros)
+    for name, tensor, wanted in zip(Tables._fields, given_tables, tables(N, K, d), strict=True):
+        given = "absent" if tensor is None else "given"
+        says = f"zeros={d.zero_kind}" if name == "zeros" else levels
+        check((tensor is None) == (wanted is None), op, f"{name} are {given}, but desc says {says}")
+        if tensor is not None and wanted is not None:
+            check_tensor(op, name, tensor, *wanted)
+    given, there = "absent" if perm is None else "given", "there" if d.has_perm else "not"
+    check((perm is not None) == d.has_perm, op, f"perm is {given}, but desc says it is {there}")
     if perm is not None:
         check_tensor(op, "perm", perm, (K,), torch.int32)
 

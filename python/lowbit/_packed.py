@@ -2,7 +2,8 @@
 
 What state_dict holds, whatever the layout of the weight in memory (prefix left out):
 
-    weight_packed, weight_scales, weight_zeros or weight_offsets, weight_perm      the canonical tensors
+    weight_packed, weight_scales, weight_zeros or weight_offsets, weight_perm, and of scales of two levels
+    weight_super_scales, weight_super_offsets or weight_scale_offset               the canonical tensors
     weight_scheme                           uint8, the scheme's string: a state_dict of another scheme is refused
     and the Parameters that a kind of module has beside its weight, by their names
 """
@@ -26,7 +27,9 @@ __all__ = ["PackedModule", "frozen"]
 Self = TypeVar("Self", bound="PackedModule")
 
 _CANONICAL: Final = 0
-_WEIGHT_PARTS: Final = ("packed", "scales", "zeros", "offsets", "perm")
+_WEIGHT_PARTS: Final = (
+    "packed", "scales", "zeros", "offsets", "perm", "super_scales", "super_offsets", "scale_offset"
+)  # fmt: skip
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -373,13 +373,8 @@ def _sum_of_squares(rows: Tensor) -> float:
 
 
 def _row_slices(w: QuantizedWeight, rows: int) -> Iterator[tuple[int, QuantizedWeight]]:
-    step = 128 if w.scheme.scaling == "block128" else 1
     for begin in range(0, w.N, rows):
-        end = min(begin + rows, w.N)
-        groups = slice(begin // step, -(-end // step))
-        zeros = None if w.zeros is None else w.zeros[groups]
-        packed, scales = w.packed[begin:end], w.scales[groups]
-        yield begin, QuantizedWeight(w.scheme, (end - begin, w.K), packed, scales, zeros, w.perm)
+        yield begin, w.rows(begin, min(begin + rows, w.N))
 
 
 def _linear(module: nn.Module) -> nn.Linear:

@@ -2,7 +2,8 @@
 
 What state_dict holds, whatever the layout of the weight in memory (prefix left out):
 
-    weight_packed, weight_scales, weight_zeros or weight_offsets, weight_perm      the canonical tensors
+    weight_packed, weight_scales, weight_zeros or weight_offsets, weight_perm      the canonical tensors, and of scales of
+    weight_super_scales, weight_super_offsets or weight_scale_offset                two levels the second
     weight_scheme                           uint8, the scheme's string: a state_dict of another scheme is refused
     bias                                    as in nn.Linear
     input_scale, input_zero                 of schemes with static activations: fp32 [1], int32 [1]

@@ -1,4 +1,5 @@
-"""Every op of the `lowbit` namespace: wrapper, documentation, fake kernel and autograd, in the order of schema.cpp.
+"""Every op of the `lowbit` namespace: wrapper, documentation, fake kernel and autograd; the canonical ones in _ops_weight.py,
+those with 8-bit inputs in _ops_a8.py.
 
 The terms: W[N, K] is the weight, x[..., K] its input, y = x @ W.T + bias. Weights are *canonical* (packed, scales,
 zeros, perm: what files hold) or in a *kernel layout* (one opaque uint8 tensor, made by `pack`). `desc` is the int that
@@ -8,6 +9,8 @@ fractional zeros, or offsets (both of the scales' dtype). With G = ceil(K / grou
     integer formats     W[n,k] = (q[n,k] - zeros[n,g]) * scales[n,g]        no zeros: 2^(bits-1)
                         W[n,k] =  q[n,k] * scales[n,g] + zeros[n,g]         zero kind "offset"
     coded formats       W[n,k] = code[q[n,k]] * scales[n,g]
+
+Scales and offsets of two levels are codes times a `super_scales` and a `super_zeros` that several of them share.
 
 These functions add what an op cannot have (defaults, None for absent tensors, a refusal to drop gradients silently);
 `torch.ops.lowbit.*` are the same ops for callers who count microseconds. Every op works under `torch.compile` and
@@ -21,24 +24,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lowbit import _C
 from lowbit._checks import (
     FLOATS,
-    absent_perm,
-    absent_zeros,
-    canonical_shapes,
-    check,
-    check_canonical,
     check_device,
     check_float,
     check_gemm,
     check_packed,
     check_rows,
     check_tensor,
-    parse,
     refuse_grad,
 )
 from lowbit._ops_a8 import gemm_a8, gemm_a8_out, quantize_activation, quantize_activation_out
+from lowbit._ops_weight import dequantize, dequantize_out, pack, quantize, unpack
 
 __all__ = [
     "dequantize",
@@ -59,206 +56,6 @@ __all__ = [
 _ops = torch.ops.lowbit
 _register_fake = torch.library.register_fake
 _DISPATCH_KEYS: Final = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS"}
-
-
-# -- quantize -----------------------------------------------------------------------------------------------------------
-
-
-def quantize(
-    weight: Tensor, desc: int, search: bool = False, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Quantize W to canonical tensors.
-
-    Per group (or 128 x 128 block), in fp32 with IEEE division and ties to even, so that every ISA, thread count and
-    backend gives the same bits:
-
-        symmetric, coded    scales = absmax / max        max: 2^(bits-1) - 0.5, or the largest |code|
-        int zeros           scales = (hi - lo) / (2^bits - 1)       zeros = round(-lo / scales)      lo <= 0 <= hi
-        float zeros         the same scales                         zeros = -lo / scales
-        offset              scales = (hi - lo) / (2^bits - 1)       zeros = lo
-
-    Codes are computed against the scales and zeros as stored, after rounding to their dtype.
-
-    Args:
-        weight: [N, K], fp32, bf16 or fp16, any strides.
-        desc: the scheme, without perm; its layout is ignored.
-        search: look for the scale with the least squared error instead; never worse than the above on any group.
-        importance: fp32 [K], weighs the squared error of each column in the search.
-
-    Returns:
-        packed uint8 [N, ceil(K * bits / 8)], scales [N, G] (blocks: [ceil(N/128), ceil(K/128)]), zeros [N, G] or None.
-        A group that holds a NaN gets a NaN scale, one with an infinity an infinite scale.
-
-    Raises:
-        RuntimeError: weight is not 2-D or not one of the three dtypes; desc has a perm; group_size exceeds K;
-            importance is not fp32 [K].
-
-    Example:
-        >>> packed, scales, zeros = quantize(torch.randn(64, 256), Scheme.parse("int4-g128").desc())
-    """
-    refuse_grad("quantize", "quantize weight.detach()", weight)
-    packed, scales, zeros = _ops.quantize.default(weight, desc, search, importance)
-    return packed, scales, None if absent_zeros(desc) else zeros
-
-
-@_register_fake("lowbit::quantize")
-def _(weight: Tensor, desc: int, search: bool, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    d = parse(desc)
-    check(weight.dim() == 2, "quantize", f"weight has shape {list(weight.shape)}, expected [N, K]")
-    check_float("quantize", "weight", weight.dtype)
-    check(not d.has_perm, "quantize", "desc has a perm; quantize the permuted weight and give the perm to pack")
-    if importance is not None:
-        check_tensor("quantize", "importance", importance, weight.shape[1:], torch.float32)
-    packed, scales = canonical_shapes(weight.shape[0], weight.shape[1], d)
-    return (
-        weight.new_empty(packed, dtype=torch.uint8),
-        weight.new_empty(scales, dtype=d.scale_dtype),
-        weight.new_empty(0 if d.zero_dtype is None else scales, dtype=d.zero_dtype or torch.uint8),
-    )
-
-
-# -- dequantize ---------------------------------------------------------------------------------------------------------
-
-
-def dequantize(
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    N: int,
-    K: int,
-    desc: int,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """W from canonical tensors, by the formulas at the head of this module, rounded once to `out_dtype`.
-
-    Args:
-        packed: uint8 [N, ceil(K * bits / 8)], a little-endian bit stream along K.
-        scales: [N, G] or, for blocks, [ceil(N/128), ceil(K/128)], in the desc's scale dtype.
-        zeros: [N, G] if the desc's zero kind asks for it, else None.
-        perm: int32 [K] if the desc says so, else None: packed column j is column perm[j] of W.
-        out_dtype: float32, bfloat16 or float16.
-
-    Returns:
-        W [N, K], columns in their original order.
-
-    Raises:
-        RuntimeError: a tensor is missing or superfluous, or its shape, dtype or device is not what desc, N and K say.
-
-    Example:
-        >>> W = dequantize(packed, scales, None, None, 64, 256, desc, torch.bfloat16)
-    """
-    return _ops.dequantize.default(packed, scales, zeros, perm, N, K, desc, out_dtype)
-
-
-@_register_fake("lowbit::dequantize")
-def _(
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    N: int,
-    K: int,
-    desc: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    check_canonical("dequantize", packed, scales, zeros, perm, N, K, desc)
-    check_float("dequantize", "out_dtype", out_dtype)
-    return packed.new_empty((N, K), dtype=out_dtype)
-
-
-def dequantize_out(
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    N: int,
-    K: int,
-    desc: int,
-    out: Tensor,
-) -> Tensor:
-    """`dequantize` into `out` [N, K], contiguous, of any of the three float dtypes; returns `out`.
-
-    Example:
-        >>> dequantize_out(packed, scales, None, None, 64, 256, desc, torch.empty(64, 256))
-    """
-    _ops.dequantize_out.default(packed, scales, zeros, perm, N, K, desc, out)
-    return out
-
-
-@_register_fake("lowbit::dequantize_out")
-def _(
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    N: int,
-    K: int,
-    desc: int,
-    out: Tensor,
-) -> None:
-    check_canonical("dequantize_out", packed, scales, zeros, perm, N, K, desc)
-    check_float("dequantize_out", "out", out.dtype)
-    check_tensor("dequantize_out", "out", out, (N, K), out.dtype)
-
-
-# -- pack, unpack -------------------------------------------------------------------------------------------------------
-
-
-def pack(
-    packed: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, N: int, K: int, desc: int
-) -> Tensor:
-    """The weight in the kernel layout that `desc` names: codes, scales, zeros and perm in one opaque tensor.
-
-    Args:
-        packed, scales, zeros, perm: canonical tensors, as for `dequantize`.
-        desc: with the layout to produce; `_C.preferred_layout(device_type, desc)` gives a device's own.
-
-    Returns:
-        uint8 [_C.packed_size(N, K, desc)]. `unpack` is the exact inverse.
-
-    Raises:
-        RuntimeError: as for `dequantize`.
-
-    Example:
-        >>> w = pack(packed, scales, None, None, 64, 256, scheme.desc(layout))
-    """
-    return _ops.pack.default(packed, scales, zeros, perm, N, K, desc)
-
-
-@_register_fake("lowbit::pack")
-def _(packed: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, N: int, K: int, desc: int) -> Tensor:
-    check_canonical("pack", packed, scales, zeros, perm, N, K, desc)
-    return packed.new_empty(_C.packed_size(N, K, desc))
-
-
-def unpack(w: Tensor, N: int, K: int, desc: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The canonical tensors (packed, scales, zeros or None, perm or None) of a weight in a kernel layout.
-
-    Args:
-        w: uint8 [_C.packed_size(N, K, desc)], made by `pack` with the same N, K and desc.
-
-    Raises:
-        RuntimeError: w has another size, dtype or device type than the desc's layout.
-
-    Example:
-        >>> packed, scales, zeros, perm = unpack(w, 64, 256, desc)
-    """
-    packed, scales, zeros, perm = _ops.unpack.default(w, N, K, desc)
-    return packed, scales, None if absent_zeros(desc) else zeros, None if absent_perm(desc) else perm
-
-
-@_register_fake("lowbit::unpack")
-def _(w: Tensor, N: int, K: int, desc: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d = parse(desc)
-    check_packed("unpack", w, N, K, desc)
-    packed, scales = canonical_shapes(N, K, d)
-    return (
-        w.new_empty(packed),
-        w.new_empty(scales, dtype=d.scale_dtype),
-        w.new_empty(0 if d.zero_dtype is None else scales, dtype=d.zero_dtype or torch.uint8),
-        w.new_empty(K if d.has_perm else 0, dtype=torch.int32),
-    )
 
 
 # -- gemm ---------------------------------------------------------------------------------------------------------------

@@ -2,18 +2,25 @@
 
 The string form is the one used everywhere: on the command line, in `overrides`, in manifests.
 
-    scheme      = format { "-" option }             options in any order, each at most once
+    scheme      = ( format | named ) { "-" option } options in any order, each at most once
     format      = int2 | int3 | int4 | int5 | int6 | int8 | fp8 | fp8_e5m2 | fp4 | nf4
                   (fp8 is short for fp8_e4m3, fp4 for fp4_e2m1)
-    option      = groups | zero | scale | activation | rounding
+    named       = mxfp4 | mxfp8                     OCP MX: fp4-g32-e8m0, fp8-g32-e8m0
+                | nvfp4                             fp4-g16-e4m3-xfp32
+    option      = groups | flat | zero | scale | super | activation | rounding
     groups      = "g" INT                           one scale per INT weights along K, a multiple of 8
                 | "b128"                            one scale per 128 x 128 block (fp8 formats only)
                                                     neither: one scale per row
+    flat        = "flat"                            groups run on across the ends of rows (bitsandbytes)
     zero        = "asym"                            integer zeros:        w = (q - zero) * scale
                 | "fzero"                           fractional zeros:     w = (q - zero) * scale
                 | "offset"                          scale and offset:     w = q * scale + offset
                                                     none: symmetric       (integer formats only)
     scale       = "fp32" | "fp16" | "bf16"          dtype of scales; by default bf16 for groups, else fp32
+                | "e8m0" | "e4m3"                   powers of two; fp8
+                | "u4" | "u6" | "i6" | "i8"         integers under a second scale (K-quants of GGUF)
+                | "dyn8"                            bitsandbytes' dynamic code book, under a second scale
+    super       = "x" [INT] dtype                   a second scale, fp32, fp16 or bf16, for INT scales, or for all of them
     activation  = "a8"                              8-bit inputs of the kind that goes with the format (below)
                 | "aint8" | "aint8_asym"            int8 per token, dynamic
                 | "aint8_static" | "aint8_static_asym"      int8 with one calibrated scale
@@ -24,18 +31,22 @@ The string form is the one used everywhere: on the command line, in `overrides`,
                                                     by default search below 8 bits, rtn at 8
 
 "a8" means int8 for integer formats, fp8_g128 for "b128", fp8 for the other coded formats. `str(scheme)` is
-canonical: options in the order above and defaults left out, so that equal schemes have equal strings.
+canonical: names where there are any, options in the order above and defaults left out, so that equal schemes have equal strings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
+
 from lowbit import _C
+from lowbit._checks import packed_shape, parse, tables
 
 __all__ = ["ACTIVATIONS", "PRESETS", "FormatInfo", "Scheme", "format_info"]
 
@@ -46,8 +57,11 @@ _BLOCK: Final = 128
 _ALIASES: Final = {"fp8": "fp8_e4m3", "fp4": "fp4_e2m1"}
 _SHORT: Final = {full: short for short, full in _ALIASES.items()}
 _ZERO_TOKENS: Final = {"asym": "int", "fzero": "float", "offset": "offset"}
-_SCALE_TOKENS: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_SCALE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FLOAT_TOKENS: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_CODE_TOKENS: Final = {"u4": "uint4", "u6": "uint6", "i6": "int6", "i8": "int8", "dyn8": "dynamic8"}
+_SCALE_TOKENS: Final = {**_FLOAT_TOKENS, "e8m0": "e8m0", "e4m3": "e4m3", **_CODE_TOKENS}
+_SCALINGS: Final = ("group", "block128", "two_level", "flat")
+_NAMED: Final = {"mxfp4": "fp4-g32-e8m0", "mxfp8": "fp8-g32-e8m0", "nvfp4": "fp4-g16-e4m3-xfp32"}
 
 #: Accepted values of `Scheme.activation`, besides None.
 ACTIVATIONS: Final = ("int8", "int8_asym", "int8_static", "int8_static_asym", "fp8", "fp8_g128", "fp8_static")
@@ -66,6 +80,8 @@ PRESETS: Final[Mapping[str, str]] = {
     "int4-g128-a8": "4-bit weights with int8 inputs",
     "nf4-g64": "4-bit codes placed for normally distributed weights (QLoRA)",
     "fp4-g32": "4-bit floats (E2M1) in groups of 32",
+    "mxfp4": "4-bit floats with a power of two per 32 (OCP MX)",
+    "nvfp4": "4-bit floats with an fp8 scale per 16, under one scale per weight",
     "int3-g64-offset": "3-bit integers with scale and offset",
     "int2-g32-offset": "2-bit integers with scale and offset: smallest, with a visible loss",
 }
@@ -121,6 +137,12 @@ def _default_scale_dtype(group_size: int, scaling: str) -> str:
     return "bfloat16" if group_size != -1 and scaling == "group" else "float32"
 
 
+def _dtype_name(name: object) -> str:
+    """torch.bfloat16 and "bf16" are accepted as well."""
+    text = str(name).removeprefix("torch.")
+    return _SCALE_TOKENS.get(text, text)
+
+
 def _default_activation(kind: str, scaling: str) -> str:
     if kind == "int":
         return "int8"
@@ -135,11 +157,15 @@ class Scheme:
         format: element format: int2 int3 int4 int5 int6 int8 fp8 (= fp8_e4m3) fp8_e5m2 fp4 (= fp4_e2m1) nf4.
         group_size: weights along K that share a scale; a multiple of 8, or -1 for all of K.
         zero_kind: "none" (symmetric), "int", "float" or "offset"; integer formats only.
-        scale_dtype: "float32", "float16" or "bfloat16"; by default bfloat16 for groups, else float32.
-        scaling: "group", or "block128" for one scale per 128 x 128 block (fp8 formats only; group_size is then 128).
+        scale_dtype: "float32", "float16", "bfloat16", "e8m0" or "e4m3"; under a second scale also "uint4", "uint6", "int6",
+            "int8" or "dynamic8". By default bfloat16 for groups, else float32.
+        scaling: "group"; "block128" for one scale per 128 x 128 block (fp8 formats only; group_size is then 128); "flat" for
+            groups that run across the ends of rows; "two_level", which super_groups implies, for scales of scales.
         activation: None, or one of `ACTIVATIONS`: the input is quantized too, and the product is 8-bit by b-bit.
         search: find the scale of least squared error instead of rounding to nearest with the absmax scale; by default
             only below 8 bits, where it pays. It decides how codes are made, not how they are stored.
+        super_groups: scales that share a scale of their own: a power of two, -1 for all of the weight, 0 for none.
+        super_dtype: dtype of that: "float32" (by default), "float16" or "bfloat16".
 
     Raises:
         ValueError: a value is unknown, or the combination has no meaning; the message holds the values.
@@ -158,6 +184,8 @@ class Scheme:
     scaling: str = "group"
     activation: str | None = None
     search: bool | None = None
+    super_groups: int = 0
+    super_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("format", "zero_kind", "scaling"):
@@ -166,15 +194,19 @@ class Scheme:
         info = format_info(self.format)
         fill = functools.partial(object.__setattr__, self)  # the dataclass is frozen
         fill("format", info.name)
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
-            raise TypeError(f"Scheme.group_size must be an int, got {self.group_size!r}")
+        for name in ("group_size", "super_groups"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Scheme.{name} must be an int, got {value!r}")
+        if self.super_groups != 0 and self.scaling == "group":
+            fill("scaling", "two_level")
         if self.scaling == "block128" and self.group_size == -1:
             fill("group_size", _BLOCK)  # a block is 128 wide
         if self.scale_dtype is None:
             fill("scale_dtype", _default_scale_dtype(self.group_size, self.scaling))
-        else:  # torch.bfloat16 and "bf16" are accepted as well
-            name = str(self.scale_dtype).removeprefix("torch.")
-            fill("scale_dtype", _SCALE_TOKENS.get(name, name))
+        else:
+            fill("scale_dtype", _dtype_name(self.scale_dtype))
+        fill("super_dtype", "float32" if self.super_dtype is None else _dtype_name(self.super_dtype))
         if self.activation is not None:
             if not isinstance(self.activation, str):
                 raise TypeError(f"Scheme.activation must be a string or None, got {self.activation!r}")
@@ -194,16 +226,21 @@ class Scheme:
             raise ValueError(f"unknown zero_kind {self.zero_kind!r}; it is none, int, float or offset")
         if self.zero_kind != "none" and info.kind != "int":
             raise ValueError(f"zero_kind={self.zero_kind!r} needs an integer format; {info.name} is a coded format")
-        if self.scale_dtype not in _SCALE_BYTES:
-            raise ValueError(f"scale_dtype {self.scale_dtype!r} is not supported; it is float32, float16 or bfloat16")
-        if self.scaling not in ("group", "block128"):
-            raise ValueError(f"scaling {self.scaling!r} is not supported; it is group or block128")
+        if self.scale_dtype not in _SCALE_TOKENS.values():
+            known = ", ".join(_SCALE_TOKENS.values())
+            raise ValueError(f"scale_dtype {self.scale_dtype!r} is not supported; it is one of {known}")
+        if self.super_dtype not in _FLOAT_TOKENS.values():
+            known = ", ".join(_FLOAT_TOKENS.values())
+            raise ValueError(f"super_dtype {self.super_dtype!r} is not supported; it is one of {known}")
+        if self.scaling not in _SCALINGS:
+            raise ValueError(f"scaling {self.scaling!r} is not supported; it is one of {', '.join(_SCALINGS)}")
         if self.scaling == "block128" and not info.name.startswith("fp8"):
             raise ValueError(f"scaling='block128' needs an fp8 format, not {info.name}")
         if self.scaling == "block128" and self.group_size != _BLOCK:
             raise ValueError(f"scaling='block128' means group_size={_BLOCK}, got {self.group_size}")
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}; it is None or one of {', '.join(ACTIVATIONS)}")
+        self.desc()  # what is left: which scales, zeros and scalings go together
 
     # -- derived ------------------------------------------------------------------------------------------------------
 
@@ -244,6 +281,19 @@ class Scheme:
         mine, theirs = (dataclasses.replace(s, search=False, activation=None) for s in (self, other))
         return mine == theirs
 
+    def check_quantizable(self) -> None:
+        """Raise ValueError where weights of this scheme are read from files only, and nothing here makes them.
+
+        Example:
+            >>> Scheme.parse("nvfp4").check_quantizable()
+        """
+        one = self.super_groups == 0 or (self.super_groups == -1 and self.super_dtype == "float32")
+        if self.scaling == "flat" or self.scale_dtype in _CODE_TOKENS.values() or not one:
+            raise ValueError(
+                f"scheme {self} is read from checkpoints and not made: there is no quantizer for its scales; "
+                "nvfp4 and mxfp4 have scales of one byte"
+            )
+
     # -- the int that ops take ------------------------------------------------------------------------------------------
 
     def desc(self, layout: int = 0, has_perm: bool = False) -> int:
@@ -271,6 +321,8 @@ class Scheme:
             zero_kind=by_value["zero_kind"][fields["zero_kind"]],
             scale_dtype=by_value["scale_dtype"][fields["scale_dtype"]],
             scaling=scaling,
+            super_groups=fields["super_groups"],
+            super_dtype=by_value["scale_dtype"][fields["super_dtype"]],
         )
 
     def check_shape(self, N: int, K: int) -> None:
@@ -278,7 +330,7 @@ class Scheme:
         if N < 1 or K < 1:
             raise ValueError(f"a weight needs N >= 1 and K >= 1, got N={N}, K={K}")
         limit = -(-K // _GROUP_MULTIPLE) * _GROUP_MULTIPLE
-        if self.group_size > limit and self.scaling == "group":
+        if self.group_size > limit and self.scaling in ("group", "two_level"):
             raise ValueError(
                 f"group_size={self.group_size} is larger than K={K}; use at most {limit}, or -1 for all of K"
             )
@@ -295,12 +347,10 @@ class Scheme:
     def nbytes(self, N: int, K: int) -> int:
         """Bytes of the canonical tensors of W[N, K] (without perm)."""
         self.check_shape(N, K)
-        blocks = self.scaling == "block128"
-        size = K if self.group_size == -1 else self.group_size
-        scales = -(-K // size) * (-(-N // _BLOCK) if blocks else N)
-        scale_bytes = _SCALE_BYTES[str(self.scale_dtype)]
-        zero_bytes = {"none": 0, "int": 1}.get(self.zero_kind, scale_bytes)
-        return N * -(-K * self.bits // 8) + scales * (scale_bytes + zero_bytes)
+        d = parse(self.desc())
+        packed = packed_shape(N, K, d)
+        tensors = [(packed, torch.uint8), *(spec for spec in tables(N, K, d) if spec is not None)]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
 
     # -- text and JSON ------------------------------------------------------------------------------------------------
 
@@ -311,15 +361,24 @@ class Scheme:
             parts.append("b128")
         elif self.group_size != -1:
             parts.append(f"g{self.group_size}")
+        if self.scaling == "flat":
+            parts.append("flat")
         parts += [token for token, kind in _ZERO_TOKENS.items() if kind == self.zero_kind]
         if self.scale_dtype != _default_scale_dtype(self.group_size, self.scaling):
             parts += [token for token, name in _SCALE_TOKENS.items() if name == self.scale_dtype]
+        if self.super_groups != 0:
+            every = "" if self.super_groups == -1 else self.super_groups
+            parts += [f"x{every}{token}" for token, name in _FLOAT_TOKENS.items() if name == self.super_dtype]
         if self.activation is not None:
             short = self.activation == _default_activation(info.kind, self.scaling)
             parts.append("a8" if short else f"a{self.activation}")
         if self.search != (info.bits < 8):
             parts.append("search" if self.search else "rtn")
-        return "-".join(parts)
+        text = "-".join(parts)
+        for name, meaning in _NAMED.items():
+            if f"{text}-".startswith(f"{meaning}-"):
+                return name + text[len(meaning) :]
+        return text
 
     def __repr__(self) -> str:
         return f"Scheme({str(self)!r})"
@@ -340,6 +399,8 @@ class Scheme:
         if not isinstance(text, str):
             raise TypeError(f"a scheme is a Scheme or a string such as 'int4-g128', got {text!r}")
         head, *options = text.strip().lower().split("-")
+        head, *implied = _NAMED.get(head, head).split("-")
+        options = [*implied, *options]
         info = format_info(head)
         found: dict[str, Any] = {}
         for option in options:
@@ -347,7 +408,8 @@ class Scheme:
             if key in found:
                 raise ValueError(f"scheme {text!r} says {key} twice")
             found[key] = value
-        scaling = "block128" if found.get("groups") == "b128" else "group"
+        scaling = "block128" if found.get("groups") == "b128" else "flat" if "flat" in found else "group"
+        super_groups, super_dtype = found.get("super", (0, None))
         if found.get("activation") == "8":
             found["activation"] = _default_activation(info.kind, scaling)
         return cls(
@@ -358,6 +420,8 @@ class Scheme:
             scaling=scaling,
             activation=found.get("activation"),
             search=found.get("rounding"),
+            super_groups=super_groups,
+            super_dtype=super_dtype,
         )
 
     def to_dict(self) -> dict[str, str | int | bool | None]:
@@ -367,7 +431,10 @@ class Scheme:
             >>> Scheme.from_dict(scheme.to_dict()) == scheme
             True
         """
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if self.super_groups == 0:  # as it was written before there was a second level
+            del fields["super_groups"], fields["super_dtype"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Scheme:
@@ -393,6 +460,10 @@ def _parse_option(option: str, text: str) -> tuple[str, Any]:
         return "groups", int(match[1])
     if option == "b128":
         return "groups", option
+    if option == "flat":
+        return "flat", option
+    if match := re.fullmatch(r"x([1-9][0-9]{0,4}|)(fp32|fp16|bf16)", option):
+        return "super", (int(match[1] or -1), match[2])
     if option in _ZERO_TOKENS:
         return "zero", _ZERO_TOKENS[option]
     if option in _SCALE_TOKENS:
@@ -402,8 +473,9 @@ def _parse_option(option: str, text: str) -> tuple[str, Any]:
     if option == "a8" or (option[:1] == "a" and option[1:] in ACTIVATIONS):
         return "activation", option[1:]
     raise ValueError(
-        f"scheme {text!r}: option {option!r} is not one of g<size>, b128, {', '.join(_ZERO_TOKENS)}, "
-        f"{', '.join(_SCALE_TOKENS)}, a8, {', '.join('a' + a for a in ACTIVATIONS)}, rtn, search"
+        f"scheme {text!r}: option {option!r} is not one of g<size>, b128, flat, {', '.join(_ZERO_TOKENS)}, "
+        f"{', '.join(_SCALE_TOKENS)}, x<scales>fp32, x<scales>fp16, x<scales>bf16, a8, "
+        f"{', '.join('a' + a for a in ACTIVATIONS)}, rtn, search"
     )
 
 
@@ -418,4 +490,6 @@ def _desc(scheme: Scheme, layout: int, has_perm: bool) -> int:
         enums["scaling"][scheme.scaling],
         has_perm,
         layout,
+        enums["scale_dtype"][str(scheme.super_dtype)],
+        scheme.super_groups,
     )

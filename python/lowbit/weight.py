@@ -1,16 +1,16 @@
 """QuantizedWeight: a weight in the canonical form that checkpoints hold.
 
     packed   uint8 [N, ceil(K*bits/8)]    codes as a bit stream along K, least significant bits first
-    scales   [N, G], or [ceil(N/128), ceil(K/128)] with 128 x 128 blocks
+    scales   [N, G], or [ceil(N/128), ceil(K/128)] with 128 x 128 blocks, or [ceil(N*K/group_size)] in blocks across rows
     zeros    uint8 or the scales' dtype [N, G]; or offsets in the scales' dtype
     perm     int32 [K]: packed column j holds column perm[j] of the weight
+    super_scales, super_zeros      what scales and offsets of two levels are multiplied by (docs/format.md)
 
 G = ceil(K / group_size). The weights of experts, [E, N, K], are `ExpertWeights`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lowbit import _safetensors, ops
+from lowbit import _cut, _safetensors, ops
 from lowbit._canonical import (
     all_finite,
+    attribute_name,
     canonical_tensors,
     check_dense,
     check_importance,
@@ -29,6 +30,8 @@ from lowbit._canonical import (
     preferred_layout,
     runs_on,
     same_tensor,
+    super_scale_of,
+    tensor_name,
     to_device,
 )
 from lowbit.errors import ArtifactError, FormatError
@@ -49,7 +52,8 @@ class QuantizedWeight:
     Args:
         scheme: what the tensors mean.
         shape: (N, K) of the weight.
-        packed, scales, zeros, perm: as drawn at the head of this module; `zeros` holds offsets when the scheme has them.
+        packed, scales, zeros, perm, super_scales, super_zeros: as drawn at the head of this module; `zeros` holds offsets
+            when the scheme has them, `super_zeros` what those are multiplied by, or what dynamic8 scales are added to.
 
     Raises:
         ValueError: a tensor has another shape, dtype or device than scheme and shape ask for.
@@ -60,7 +64,7 @@ class QuantizedWeight:
         (torch.Size([64, 256]), 8704)
     """
 
-    __slots__ = ("packed", "perm", "scales", "scheme", "shape", "zeros")
+    __slots__ = ("packed", "perm", "scales", "scheme", "shape", "super_scales", "super_zeros", "zeros")
 
     scheme: Scheme
     shape: torch.Size
@@ -68,6 +72,8 @@ class QuantizedWeight:
     scales: Tensor
     zeros: Tensor | None
     perm: Tensor | None
+    super_scales: Tensor | None
+    super_zeros: Tensor | None
 
     def __init__(
         self,
@@ -77,12 +83,16 @@ class QuantizedWeight:
         scales: Tensor,
         zeros: Tensor | None = None,
         perm: Tensor | None = None,
+        super_scales: Tensor | None = None,
+        super_zeros: Tensor | None = None,
     ) -> None:
         self.scheme = Scheme.parse(scheme)
         self.shape = check_shape(self.scheme, shape)
         self.packed, self.scales, self.zeros, self.perm = packed, scales, zeros, perm
-        for name, (dtype, want) in canonical_tensors(self.scheme, self.N, self.K, perm is not None).items():
-            tensor = getattr(self, "zeros" if name == "offsets" else name)
+        self.super_scales, self.super_zeros = super_scales, super_zeros
+        wanted = canonical_tensors(self.scheme, self.N, self.K, perm is not None)
+        for name, (dtype, want) in wanted.items():
+            tensor = getattr(self, attribute_name(name))
             if tensor is None:
                 raise ValueError(f"scheme {self.scheme} needs {name}{list(want)}, none was given")
             if tensor.dtype != dtype or tuple(tensor.shape) != want:
@@ -92,8 +102,12 @@ class QuantizedWeight:
                 )
             if tensor.device != packed.device:
                 raise ValueError(f"{name} is on {tensor.device}, packed is on {packed.device}")
-        if zeros is not None and self.scheme.symmetric:
-            raise ValueError(f"scheme {self.scheme} has no zeros, but zeros{list(zeros.shape)} were given")
+        for attribute in ("zeros", "super_scales", "super_zeros"):
+            tensor = getattr(self, attribute)
+            if tensor is not None and tensor_name(self.scheme, attribute) not in wanted:
+                raise ValueError(
+                    f"scheme {self.scheme} has no {attribute}, but {attribute}{list(tensor.shape)} were given"
+                )
 
     # -- making one -----------------------------------------------------------------------------------------------------
 
@@ -118,16 +132,19 @@ class QuantizedWeight:
         check_dense(weight, scheme)
         if importance is not None:
             importance = check_importance(importance, weight.shape[1])
-        run = runs_on("quantize", weight.device)
+        run = runs_on("quantize", weight.device, scheme)
         here = weight.detach().to(run)
-        packed, scales, zeros = ops.quantize(here, scheme.desc(), bool(scheme.search), to_device(importance, run))
+        supers = super_scale_of(here, scheme)
+        importance = to_device(importance, run)
+        packed, scales, zeros = ops.quantize(here, scheme.desc(), bool(scheme.search), importance, supers)
         if not all_finite(scales) or (zeros is not None and zeros.is_floating_point() and not all_finite(zeros)):
             raise ValueError(
                 f"a scale of the weight (largest |w| = {float(here.abs().max()):g}) overflows {scheme.scale_dtype}; "
                 "use a scheme with fp32 or bf16 scales"
             )
         device = weight.device
-        return cls(scheme, weight.shape, packed.to(device), scales.to(device), to_device(zeros, device))
+        zeros, supers = to_device(zeros, device), to_device(supers, device)
+        return cls(scheme, weight.shape, packed.to(device), scales.to(device), zeros, super_scales=supers)
 
     @classmethod
     def from_tensors(
@@ -136,7 +153,8 @@ class QuantizedWeight:
         """Take canonical tensors written elsewhere, checking shapes, dtypes and values.
 
         Args:
-            tensors: "packed", "scales", "zeros" or "offsets" where the scheme has them, and optionally "perm".
+            tensors: "packed", "scales", "zeros" or "offsets" where the scheme has them, optionally "perm"; of scales of two
+                levels "super_scales", "super_offsets" beside offsets, "scale_offset" with dynamic8.
             scheme: what they mean.
             shape: (N, K).
 
@@ -149,23 +167,24 @@ class QuantizedWeight:
             True
         """
         scheme = Scheme.parse(scheme)
-        third = "offsets" if scheme.zero_kind == "offset" else "zeros"
-        unknown = sorted(set(tensors) - {"packed", "scales", third, "perm"})
+        third, fourth = tensor_name(scheme, "zeros"), tensor_name(scheme, "super_zeros")
+        unknown = sorted(set(tensors) - {"packed", "scales", third, "perm", "super_scales", fourth})
         if unknown:
             raise ValueError(f"a {scheme} weight has no tensor called {', '.join(unknown)}")
         packed, scales = tensors.get("packed"), tensors.get("scales")
         if packed is None or scales is None:
             raise ValueError(f"a weight needs packed and scales, got {sorted(tensors) or 'nothing'}")
-        made = cls(scheme, shape, packed, scales, tensors.get(third), tensors.get("perm"))
+        supers = tensors.get("super_scales"), tensors.get(fourth)
+        made = cls(scheme, shape, packed, scales, tensors.get(third), tensors.get("perm"), *supers)
         made._check_values()
         return made
 
     def _check_values(self) -> None:
         if self.packed.is_meta:
             return
-        zeros = self.zeros if self.zeros is not None and self.zeros.is_floating_point() else None
-        for name, tensor in (("scales", self.scales), ("zeros or offsets", zeros)):
-            if tensor is not None and not all_finite(tensor):
+        for name, tensor in self.tensors().items():
+            if tensor.is_floating_point() and not all_finite(tensor):
+                tensor = tensor.float()
                 bad = (~torch.isfinite(tensor)).nonzero()
                 first = bad[0].tolist()
                 raise ValueError(
@@ -199,10 +218,11 @@ class QuantizedWeight:
             torch.bfloat16
         """
         self._check_perm()
-        run = runs_on("dequantize", self.device)
+        run = runs_on("dequantize", self.device, self.scheme)
         t = self if run == self.device else self.to(run)
         desc = self.scheme.desc(0, self.perm is not None)
-        return ops.dequantize(t.packed, t.scales, t.zeros, t.perm, self.N, self.K, desc, dtype).to(self.device)
+        tensors = (t.packed, t.scales, t.zeros, t.perm)
+        return ops.dequantize(*tensors, self.N, self.K, desc, dtype, t.super_scales, t.super_zeros).to(self.device)
 
     def pack(self, layout: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """The weight as one tensor in the layout that kernels read: uint8, 1-D, holding codes, scales, zeros and perm.
@@ -220,10 +240,11 @@ class QuantizedWeight:
         if layout is None:
             layout = preferred_layout(device, self.scheme, has_perm)
         self._check_perm()
-        run = runs_on("pack", device, layout)
+        run = runs_on("pack", device, self.scheme, layout)
         t = self if run == self.device else self.to(run)
         desc = self.scheme.desc(layout, has_perm)
-        return ops.pack(t.packed, t.scales, t.zeros, t.perm, self.N, self.K, desc).to(device)
+        tensors = (t.packed, t.scales, t.zeros, t.perm)
+        return ops.pack(*tensors, self.N, self.K, desc, t.super_scales, t.super_zeros).to(device)
 
     @classmethod
     def unpack(
@@ -240,12 +261,9 @@ class QuantizedWeight:
         """
         scheme = Scheme.parse(scheme)
         N, K = check_shape(scheme, shape)
-        run = runs_on("unpack", weight.device, layout)
-        packed, scales, zeros, perm = ops.unpack(weight.to(run), N, K, scheme.desc(layout, has_perm))
-        device = weight.device
-        return cls(
-            scheme, (N, K), packed.to(device), scales.to(device), to_device(zeros, device), to_device(perm, device)
-        )
+        run = runs_on("unpack", weight.device, scheme, layout)
+        packed, *others = ops.unpack(weight.to(run), N, K, scheme.desc(layout, has_perm))
+        return cls(scheme, (N, K), packed.to(weight.device), *(to_device(t, weight.device) for t in others))  # type: ignore[arg-type]
 
     # -- joining and cutting --------------------------------------------------------------------------------------------
 
@@ -260,24 +278,19 @@ class QuantizedWeight:
             >>> QuantizedWeight.cat([q, k, v]).shape  # three of [64, 256]
             torch.Size([192, 256])
         """
-        if not weights:
-            raise ValueError("cat needs at least one weight")
-        first = weights[0]
-        for i, other in enumerate(weights[1:], 1):
-            if not first.scheme.same_storage(other.scheme) or first.scheme.activation != other.scheme.activation:
-                raise ValueError(f"cannot join {first.scheme} and {other.scheme} (weight {i})")
-            if other.K != first.K:
-                raise ValueError(f"cannot join K={first.K} and K={other.K} (weight {i})")
-            if not same_tensor(first.perm, other.perm):
-                raise ValueError(f"cannot join weights whose perm differs (weights 0 and {i})")
-        if first.scheme.scaling == "block128":
-            for i, weight in enumerate(weights[:-1]):
-                if weight.N % 128:
-                    raise ValueError(f"cannot join after N={weight.N} (weight {i}): it would cut a 128 x 128 block")
-        join = functools.partial(torch.cat, dim=0)
-        zeros = None if first.zeros is None else join([w.zeros for w in weights if w.zeros is not None])
-        packed, scales = join([w.packed for w in weights]), join([w.scales for w in weights])
-        return cls(first.scheme, (packed.shape[0], first.K), packed, scales, zeros, first.perm)
+        return _cut.join(weights)
+
+    def rows(self, begin: int, end: int) -> QuantizedWeight:
+        """Rows [begin, end) as a weight of their own; its tensors are views.
+
+        Raises:
+            ValueError: an end goes through a block that is more than a row.
+
+        Example:
+            >>> w.rows(0, 16).shape
+            torch.Size([16, 256])
+        """
+        return _cut.rows(self, begin, end)
 
     def shard(self, dim: int, rank: int, world: int) -> QuantizedWeight:
         """The part that belongs to `rank` of `world` under tensor parallelism; its codes and scales are not changed.
@@ -306,32 +319,7 @@ class QuantizedWeight:
         step = size // world
         if world == 1:
             return self
-        return self._shard_n(rank, step) if dim == 0 else self._shard_k(rank, step)
-
-    def _shard_n(self, rank: int, step: int) -> QuantizedWeight:
-        blocks = self.scheme.scaling == "block128"
-        if blocks and step % 128:
-            raise ValueError(f"a shard of {step} rows (N={self.N}) would cut a 128 x 128 block")
-        rows = slice(rank * step, (rank + 1) * step)
-        groups = slice(rows.start // 128, rows.stop // 128) if blocks else rows
-        zeros = None if self.zeros is None else self.zeros[groups].contiguous()
-        packed, scales = self.packed[rows].contiguous(), self.scales[groups].contiguous()
-        return QuantizedWeight(self.scheme, (step, self.K), packed, scales, zeros, self.perm)
-
-    def _shard_k(self, rank: int, step: int) -> QuantizedWeight:
-        if self.perm is not None:
-            raise ValueError("a weight with perm cannot be cut along K: its columns are not in order")
-        scheme, group = self.scheme, self.scheme.group_size
-        if group != -1 and step % group:
-            what = "a 128 x 128 block" if scheme.scaling == "block128" else f"a group of {group}"
-            raise ValueError(f"a shard of {step} columns (K={self.K}) would cut {what}")
-        if step * scheme.bits % 8:
-            raise ValueError(f"a shard of {step} columns of {scheme.bits} bits (K={self.K}) would cut a byte")
-        begin, end = rank * step, (rank + 1) * step
-        packed = self.packed[:, begin * scheme.bits // 8 : end * scheme.bits // 8].contiguous()
-        groups = slice(None) if group == -1 else slice(begin // group, end // group)
-        zeros = None if self.zeros is None else self.zeros[:, groups].contiguous()
-        return QuantizedWeight(scheme, (self.N, step), packed, self.scales[:, groups].contiguous(), zeros)
+        return _cut.shard_rows(self, rank, step) if dim == 0 else _cut.shard_columns(self, rank, step)
 
     # -- files ----------------------------------------------------------------------------------------------------------
 
@@ -410,15 +398,17 @@ class QuantizedWeight:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The canonical tensors that are present: "packed", "scales", "zeros" or "offsets", "perm"."""
-        third = "offsets" if self.scheme.zero_kind == "offset" else "zeros"
-        named = {"packed": self.packed, "scales": self.scales, third: self.zeros, "perm": self.perm}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        """The canonical tensors that are present, by the names that files have for them: "packed", "scales", ...."""
+        found = {}
+        for attribute in ("packed", "scales", "zeros", "perm", "super_scales", "super_zeros"):
+            if (tensor := getattr(self, attribute)) is not None:
+                found[tensor_name(self.scheme, attribute)] = tensor
+        return found
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with its tensors on `device`."""
-        moved = (to_device(t, torch.device(device)) for t in (self.scales, self.zeros, self.perm))
-        return QuantizedWeight(self.scheme, self.shape, self.packed.to(device), *moved)  # type: ignore[arg-type]
+        moved = {attribute_name(name): tensor.to(device) for name, tensor in self.tensors().items()}
+        return QuantizedWeight(self.scheme, self.shape, **moved)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantizedWeight):

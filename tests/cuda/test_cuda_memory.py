@@ -74,7 +74,7 @@ def test_pack_and_unpack(backend: Any, kind: str) -> None:
         w = backend.ops.pack(*moved(backend, weight), N, K, d)
         assert same_bits(w, torch.ops.lowbit.pack(*weight.tensors, N, K, d)), f"{spec} {N}x{K}"
         for name, was, now in zip(
-            ("packed", "scales", "zeros", "perm"), weight.tensors, backend.ops.unpack(w, N, K, d), strict=True
+            ("packed", "scales", "zeros", "perm"), weight.tensors, backend.ops.unpack(w, N, K, d)[:4], strict=True
         ):
             assert (now.numel() == 0) if was is None else same_bits(now, was), f"{spec} {N}x{K}: {name}"
 

@@ -144,7 +144,7 @@ class Runner:
     def dequantize(self, level: str, weight: Weight, desc: int) -> torch.Tensor:
         """W [N, K] in fp32, columns in packed order."""
         codes = torch.from_numpy(weight.codes.astype(np.uint8))
-        blobs = [_bytes(codes), _bytes(weight.scales), _bytes(weight.zeros)]
+        blobs = [_bytes(blob) for blob in (codes, weight.scales, weight.zeros, *weight.supers)]
         answer = self._ask(f"{level} dequantize", [weight.N, weight.K, desc], blobs)
         return _tensor(answer[0], torch.float32, weight.N, weight.K)
 

@@ -313,17 +313,22 @@ Answer activation(const IsaKernels& isa, const Request& r) {
   return answer;
 }
 
-// numbers: N, K, desc. blobs: codes u8 [N, K], scales [N, groups], zeros. Answers fp32 [N, K].
+// numbers: N, K, desc. blobs: codes u8 [N, K], scales, zeros, super scales, super zeros. Answers fp32 [N, K].
 Answer dequantize(const IsaKernels& isa, const Request& r) {
   const int64_t N = r.numbers[0], K = r.numbers[1];
   const Desc desc = decode_desc(r.numbers[2]);
   const CanonicalShape s = canonical_shape(N, K, desc);
+  CanonicalConst from{};
+  for (int i = 0; i < kTableCount; ++i)
+    from.tables[i] = r.blobs.at(static_cast<size_t>(i) + 1).data();
+  std::vector<float> scales(static_cast<size_t>(s.groups)), zeros(scales.size());
+  std::vector<uint8_t> scratch(static_cast<size_t>(table_scratch_bytes(s)));
   Blob values(N * K * 4);
   for (int64_t n = 0; n < N; ++n) {
-    isa.dequantize_row(
-        {r.blobs[0].data() + n * K, r.blobs[1].data() + s.scale_row(n) * s.groups * s.scale_bytes,
-         r.blobs[2].data() + n * s.groups * s.zero_bytes, K, s.group_size, desc.zero_kind,
-         desc.scale_dtype, s.bits, format_info(desc.format).code, values.as<float>() + n * K});
+    row_scales(s, desc, from, n, scales.data(), zeros.data(), scratch.data());
+    isa.dequantize_row({r.blobs[0].data() + n * K, scales.data(), zeros.data(), K, s.group_size,
+                        desc.zero_kind == ZeroKind::kOffset, format_info(desc.format).code,
+                        values.as<float>() + n * K});
   }
   Answer answer;
   answer.push_back(std::move(values));

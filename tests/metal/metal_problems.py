@@ -95,7 +95,8 @@ def on(backend: Any, tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def pack(backend: Any, weight: Weight) -> torch.Tensor:
     """The weight in the kernel layout, packed by the CPU, on the backend's device."""
-    return torch.ops.lowbit.pack(*weight.tensors, weight.N, weight.K, metal_desc(weight.spec)).to(backend.device)
+    w = torch.ops.lowbit.pack(*weight.tensors, weight.N, weight.K, metal_desc(weight.spec), *weight.supers)
+    return w.to(backend.device)
 
 
 def gemm(backend: Any, p: Problem, x: torch.Tensor | None = None, weight: Weight | None = None) -> torch.Tensor:

@@ -9,6 +9,8 @@
 #if !defined(LOWBIT_INLINE)
 #define LOWBIT_INLINE
 #endif
+// What takes a part of a kernel as an argument, and that part.
+#define LOWBIT_FORCED __attribute__((always_inline))
 
 template <int kBits>
 struct Codes;
@@ -232,41 +234,40 @@ using E5m2Codec = Fp8QuadCodec<false>;
 using Fp4Codec = Code4Codec<false>;
 
 // FP8, by moving the bits to where fp32 has them. Subnormals are converted as integers, so that no subnormal fp32 is
-// ever an operand (a thread may flush those to zero). E4M3's NaN is all ones; E5M2 has IEEE's.
+// ever an operand (a thread may flush those to zero). E4M3's NaN is all ones; E5M2 has IEEE's. Codes are one per lane.
+template <int kExponentBits, int kMantissaBits, bool kIeee>
+LOWBIT_FORCED inline V::F fp8_values(V::I codes) {
+  constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
+  const V::I magnitude = V::band(codes, V::iset1(0x7f));
+  const V::I sign = V::shl<24>(V::band(codes, V::iset1(0x80)));
+  const V::I shifted =
+      V::iadd(V::shl<23 - kMantissaBits>(magnitude), V::iset1((127 - kBias) << 23));
+  // 2^(1 - bias - mantissa bits): the spacing of subnormals.
+  const V::F subnormal =
+      V::mul(V::to_f(magnitude), V::as_f(V::iset1((127 + 1 - kBias - kMantissaBits) << 23)));
+  V::F value = V::select_lt(magnitude, V::iset1(1 << kMantissaBits), subnormal, V::as_f(shifted));
+  constexpr int kInfinity = kIeee ? ((1 << kExponentBits) - 1) << kMantissaBits : 0x7f;
+  constexpr int kLastFinite = kInfinity - 1;
+  if constexpr (kIeee) {
+    // exponent all ones: keep the mantissa, raise fp32's exponent to all ones too
+    value = V::select_lt(V::iset1(kLastFinite), magnitude,
+                         V::as_f(V::bor(shifted, V::iset1(0x7f800000))), value);
+  } else {
+    value = V::select_lt(V::iset1(kLastFinite), magnitude, V::as_f(V::iset1(0x7fc00000)), value);
+  }
+  // as_f(x | sign) without an integer view of a float: negate where the sign is set.
+  return V::select_lt(sign, V::izero(), V::sub(V::set1(-0.0f), value), value);
+}
+
 template <int kExponentBits, int kMantissaBits, bool kIeee>
 struct Fp8Codec {
   static constexpr bool kScaledInside = false;
-  static constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
 
   explicit Fp8Codec(const WeightView&) {}
 
   template <int Q, int J>
   LOWBIT_INLINE V::F value(const uint8_t* block, const Group&) const {
-    const V::I codes = lane<J>(Codes<8>::quad<Q>(block));
-    const V::I magnitude = V::band(codes, V::iset1(0x7f));
-    const V::I sign = V::shl<24>(V::band(codes, V::iset1(0x80)));
-    const V::I shifted =
-        V::iadd(V::shl<23 - kMantissaBits>(magnitude), V::iset1((127 - kBias) << 23));
-    // 2^(1 - bias - mantissa bits): the spacing of subnormals.
-    const V::F subnormal =
-        V::mul(V::to_f(magnitude), V::as_f(V::iset1((127 + 1 - kBias - kMantissaBits) << 23)));
-    V::F value = V::select_lt(magnitude, V::iset1(1 << kMantissaBits), subnormal, V::as_f(shifted));
-    constexpr int kInfinity = kIeee ? ((1 << kExponentBits) - 1) << kMantissaBits : 0x7f;
-    constexpr int kLastFinite = kInfinity - 1;
-    if constexpr (kIeee) {
-      // exponent all ones: keep the mantissa, raise fp32's exponent to all ones too
-      value = V::select_lt(V::iset1(kLastFinite), magnitude,
-                           V::as_f(V::bor(shifted, V::iset1(0x7f800000))), value);
-    } else {
-      value = V::select_lt(V::iset1(kLastFinite), magnitude, V::as_f(V::iset1(0x7fc00000)), value);
-    }
-    return or_sign(value, sign);
-  }
-
- private:
-  static V::F or_sign(V::F value, V::I sign) {
-    // as_f(x | sign) without an integer view of a float: negate where the sign is set.
-    return V::select_lt(sign, V::izero(), V::sub(V::set1(-0.0f), value), value);
+    return fp8_values<kExponentBits, kMantissaBits, kIeee>(lane<J>(Codes<8>::quad<Q>(block)));
   }
 };
 
@@ -304,6 +305,44 @@ using E4m3Codec = Fp8Codec<4, 3, false>;
 using E5m2Codec = Fp8Codec<5, 2, true>;
 #endif
 #endif
+
+// ---- halves of blocks -----------------------------------------------------------------------------------------------
+
+// Which half of a block of 32, as a type: its quads are kQuad .. kQuad + 3.
+template <int kHalf>
+struct BlockHalf {
+  static constexpr int kQuad = 4 * kHalf;
+};
+
+// visit(BlockHalf, offset, k) for each half between k0 and k1, multiples of 16: where its block begins in a strip, and the
+// block's first k. `offset` is that of k0's block, and becomes that of k1's. A block is in one half only where group sizes
+// are odd multiples of 16. kTwice: whole blocks have a loop of their own, for kernels that are little more than it; it doubles
+// their code.
+template <bool kTwice, class Visit>
+LOWBIT_FORCED inline void for_halves(int64_t& offset, int64_t block_bytes, int64_t k0, int64_t k1,
+                                     const Visit& visit) {
+  if constexpr (kTwice) {
+    if ((k0 | k1) % 32 == 0) {
+      for (int64_t k = k0; k < k1; k += 32, offset += block_bytes) {
+        visit(BlockHalf<0>{}, offset, k);
+        visit(BlockHalf<1>{}, offset, k);
+      }
+      return;
+    }
+  }
+  for (int64_t k = k0 & -32; k < k1; k += 32, offset += block_bytes) {
+    __asm__("" : "+r"(k));  // or the compiler takes out the first and the last block
+    if (k >= k0) visit(BlockHalf<0>{}, offset, k);
+    if (k < k1 - 16) visit(BlockHalf<1>{}, offset, k);
+  }
+  if (k1 % 32 != 0) offset -= block_bytes;
+}
+
+// What is read soon, asked for once per block.
+template <int kQuad>
+LOWBIT_FORCED inline void prefetch_half(const uint8_t* block) {
+  if constexpr (kQuad == 0) __builtin_prefetch(block + 1024);
+}
 
 // ---- from a format id to a codec type -------------------------------------------------------------------------------
 

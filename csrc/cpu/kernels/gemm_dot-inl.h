@@ -99,7 +99,7 @@ LOWBIT_UNROLLED inline void dot_octet(const uint8_t* const (&strip)[NR], int64_t
   }
 }
 
-// Integer sums over [begin, end) of K, which lies in one group; `offset` is that of its first block in a strip.
+// Integer sums over [begin, end) of K, which lies in one group.
 template <bool kAsymmetric, int kBits, int MR, int NR>
 LOWBIT_UNROLLED inline void dot_segment(const WeightView& w, const uint8_t* const (&strip)[NR],
                                         const int8_t* const* x, int64_t begin, int64_t end,
@@ -111,14 +111,13 @@ LOWBIT_UNROLLED inline void dot_segment(const WeightView& w, const uint8_t* cons
     for (int m = 0; m < MR; ++m) tile.sums[m][s] = V::izero();
   }
   int64_t offset = begin / 32 * w.block_bytes;
-  for (int64_t k = begin; k < end; k += 32, offset += w.block_bytes) {
+  for_halves<false>(offset, w.block_bytes, begin, end,
+                    [&](auto half, int64_t at, int64_t k) LOWBIT_FORCED {
 #pragma GCC unroll 4
-    for (int s = 0; s < NR; ++s) __builtin_prefetch(strip[s] + offset + 1024);
-    dot_octet<0, kAsymmetric, kBits>(strip, offset, x, k, tile);
-    dot_octet<2, kAsymmetric, kBits>(strip, offset, x, k, tile);
-    dot_octet<4, kAsymmetric, kBits>(strip, offset, x, k, tile);
-    dot_octet<6, kAsymmetric, kBits>(strip, offset, x, k, tile);
-  }
+                      for (int s = 0; s < NR; ++s) prefetch_half<half.kQuad>(strip[s] + at);
+                      dot_octet<half.kQuad, kAsymmetric, kBits>(strip, at, x, k, tile);
+                      dot_octet<half.kQuad + 2, kAsymmetric, kBits>(strip, at, x, k, tile);
+                    });
 #if defined(LOWBIT_DOT_PAIRS)
   for (int m = 0; kPairs<MR> && m < MR; m += 2) {
     for (int s = 0; s < NR; ++s) V::split_pair(tile.sums[m][s], tile.sums[m + 1][s]);
@@ -146,7 +145,9 @@ void dot_tile(const GemmJob& job, int64_t first, int64_t m0, int64_t rows) {
     const int64_t g = segment / x.segments_per_group;
     const int64_t group_end = g + 1 == w.groups ? w.K_padded : (g + 1) * w.group_size;
     const int64_t begin = g * w.group_size + segment % x.segments_per_group * x.segment;
-    const int64_t end = begin + x.segment < group_end ? begin + x.segment : group_end;
+    // A segment is a multiple of 32 but for the one of a group of all of K, which ends where the padding does.
+    const bool whole = x.segments_per_group == 1 || begin + x.segment > group_end;
+    const int64_t end = whole ? group_end : begin + x.segment;
     if (begin >= end) continue;  // the ragged last group has fewer segments
     DotTile<MR, NR> tile;
     dot_segment<kAsymmetric, kBits>(w, strip, xm, begin, end, tile);
@@ -154,9 +155,9 @@ void dot_tile(const GemmJob& job, int64_t first, int64_t m0, int64_t rows) {
 #pragma GCC unroll 4
     for (int s = 0; s < NR; ++s) {
       const SegmentZeros zeros = segment_zeros<kBits>(w, strip[s], g);
-      // Codes past K are 0, up to the end of their block: they went into the sum as -kLess.
+      // Codes past K are 0: they went into the sum as -kLess.
       if constexpr (kAsymmetric && kLess<kBits> != 0) {
-        const int32_t past = static_cast<int32_t>((end - begin + 31) / 32 * 32) - count;
+        const int32_t past = static_cast<int32_t>(end - begin) - count;
         tile.code_sums[s] = V::iadd(tile.code_sums[s], V::iset1(kLess<kBits> * past));
       }
 #pragma GCC unroll 16

@@ -36,7 +36,7 @@ void stream_strip(const Codec& codec, const GemmJob& job, int64_t strip, const f
                   V::F (&total)[MR]) {
   const WeightView& w = job.w;
   const uint8_t* base = w.data + strip * w.strip_bytes;
-  const uint8_t* block = base;
+  int64_t offset = 0;
   for (int m = 0; m < MR; ++m) total[m] = V::zero();
   for (int64_t g = 0; g < w.groups; ++g) {
     Group group;
@@ -48,17 +48,15 @@ void stream_strip(const Codec& codec, const GemmJob& job, int64_t strip, const f
       for (int c = 0; c < kChains<MR>; ++c) sums[m][c] = V::zero();
     }
     const int64_t end = g + 1 == w.groups ? w.K_padded : (g + 1) * w.group_size;
-    for (int64_t k = g * w.group_size; k < end; k += 32, block += w.block_bytes) {
-      __builtin_prefetch(block + 1024);
-      stream_quad<0>(codec, group, block, x, k, sums);
-      stream_quad<1>(codec, group, block, x, k, sums);
-      stream_quad<2>(codec, group, block, x, k, sums);
-      stream_quad<3>(codec, group, block, x, k, sums);
-      stream_quad<4>(codec, group, block, x, k, sums);
-      stream_quad<5>(codec, group, block, x, k, sums);
-      stream_quad<6>(codec, group, block, x, k, sums);
-      stream_quad<7>(codec, group, block, x, k, sums);
-    }
+    for_halves<MR == 1>(offset, w.block_bytes, g * w.group_size, end,
+                        [&](auto half, int64_t at, int64_t k) LOWBIT_FORCED {
+                          const uint8_t* block = base + at;
+                          prefetch_half<half.kQuad>(block);
+                          stream_quad<half.kQuad>(codec, group, block, x, k, sums);
+                          stream_quad<half.kQuad + 1>(codec, group, block, x, k, sums);
+                          stream_quad<half.kQuad + 2>(codec, group, block, x, k, sums);
+                          stream_quad<half.kQuad + 3>(codec, group, block, x, k, sums);
+                        });
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       V::F sum = sums[m][0];

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "common/half.h"
+#include "formats/scale_table.h"
 #include "packing/cpu_tile16.h"
 
 namespace lowbit {
@@ -15,30 +16,43 @@ namespace {
 
 constexpr int64_t kPieceK = kGradColumns;
 
-float load_scale(const uint8_t* p, ScaleDtype dtype) {
-  if (dtype == ScaleDtype::kFloat32) {
-    float value;
-    std::memcpy(&value, p, 4);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, p, 2);
-  return dtype == ScaleDtype::kFloat16 ? to_float(Half{bits}) : to_float(BFloat16{bits});
-}
-
 struct GroupOfRow {
   float scale, zero;  // zero: or offset
 };
 
+// Row n's entry for group g in one of the strip's tables.
+const uint8_t* entry(const WeightView& w, int i, const uint8_t* strip, int64_t g, int n) {
+  const GroupTable& table = w.tile->shape.tables[i];
+  const int lanes = i == kScaleTable ? w.scales_per_group : kTileRows;
+  const int64_t at = (g >> table.fine_shift) * lanes + (lanes == 1 ? 0 : n);
+  return strip + w.tile->table_offset[i] + at * (table.bytes == 0 ? 1 : table.bytes);
+}
+
+float super_value(const WeightView& w, int i, const uint8_t* strip, int64_t g, int n) {
+  return scale_value(w.super_dtype, entry(w, i, strip, g, n));
+}
+
 GroupOfRow group_of_row(const WeightView& w, const uint8_t* strip, int64_t g, int n) {
-  const int64_t at = g * w.scales_per_group + (w.scales_per_group == 1 ? 0 : n);
-  GroupOfRow r{load_scale(strip + w.scales_offset + at * w.scale_bytes, w.scale_dtype), 0.0f};
-  const uint8_t* zero = strip + w.zeros_offset + (g * kTileRows + n) * w.zero_bytes;
+  const CanonicalShape& shape = w.tile->shape;
+  const uint8_t mask = shape.scales().bits == 4 ? 15 : 255;
+  const bool two_levels = shape.tables[kSuperTable].present();
+  const uint8_t* stored = entry(w, kScaleTable, strip, g, n);
+  const uint8_t low = stored[0] & mask;
+  GroupOfRow r{scale_value(w.scale_dtype, shape.scale_bytes == 1 ? &low : stored), 0.0f};
+  if (two_levels) r.scale *= super_value(w, kSuperTable, strip, g, n);
+  if (w.scale_dtype == ScaleDtype::kDynamic8)
+    r.scale += super_value(w, kSuperZeroTable, strip, g, n);
   if (w.zero_kind == ZeroKind::kNone) {
     r.zero = w.code == nullptr ? static_cast<float>(1 << (w.bits - 1)) : 0.0f;
+    return r;
+  }
+  const uint8_t* zero = entry(w, kZeroTable, strip, g, n);
+  const uint8_t high = static_cast<uint8_t>(*zero >> 4);
+  if (w.zero_kind == ZeroKind::kInt) {
+    r.zero = static_cast<float>(*zero);
   } else {
-    r.zero =
-        w.zero_kind == ZeroKind::kInt ? static_cast<float>(*zero) : load_scale(zero, w.scale_dtype);
+    r.zero = scale_value(w.scale_dtype, shape.zeros_in_scales() ? &high : zero);
+    if (two_levels) r.zero *= super_value(w, kSuperZeroTable, strip, g, n);
   }
   return r;
 }

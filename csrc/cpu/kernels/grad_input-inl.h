@@ -47,14 +47,40 @@ void grad_piece(const Decode& decode, const GradJob& job, int64_t k0) {
   }
 }
 
+// The groups of one piece of a strip, in a view that finds their scales beside the strip.
+class ExpandedPiece {
+ public:
+  explicit ExpandedPiece(const WeightView& w) : view_(with_float_scales(w)) {}
+
+  const WeightView& operator()(const WeightView& w, int64_t strip, int64_t k0, int64_t k1) {
+    const int64_t last =
+        (k1 - 1) / w.group_size < w.groups ? (k1 - 1) / w.group_size : w.groups - 1;
+    const int64_t first = k0 / w.group_size < last ? k0 / w.group_size : last;
+    const bool offsets = w.zero_kind == ZeroKind::kOffset;
+    expand_scales(w, strip, first, last - first + 1, scales_, offsets ? zeros_ : nullptr);
+    view_.scales_offset = float_scales_offset(w, strip, scales_ - first * 16);
+    if (offsets) view_.zeros_offset = float_scales_offset(w, strip, zeros_ - first * 16);
+    return view_;
+  }
+
+ private:
+  enum { kGroups = kGradK / 16 + 1 };
+  WeightView view_;
+  alignas(64) float scales_[kGroups * 16];
+  alignas(64) float zeros_[kGroups * 16];
+};
+
 struct GradPieces {
   const GradJob& job;
   int64_t begin, end;
 
   template <class Codec>
   void operator()(const Codec& codec) const {
-    const auto decode = [&codec](const WeightView& w, int64_t strip, int64_t k0, int64_t k1,
-                                 float* panel) { decode_panel(codec, w, strip, k0, k1, panel); };
+    ExpandedPiece expanded(job.w);
+    const auto decode = [&](const WeightView& w, int64_t strip, int64_t k0, int64_t k1,
+                            float* panel) {
+      decode_panel(codec, w.plain ? w : expanded(w, strip, k0, k1), strip, k0, k1, panel);
+    };
     for (int64_t piece = begin; piece < end; ++piece) grad_piece(decode, job, piece * kGradK);
   }
 };

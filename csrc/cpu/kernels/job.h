@@ -25,7 +25,23 @@ struct WeightView {
   int bits;
   const float* code;             // [2^bits] of a code-book format, else null
   const struct CpuTile16* tile;  // the whole geometry, for the general kernels
+
+  // Scales, and offsets, are floats. Those that are not get expanded to floats before a kernel sees them (cpu/expanded.h):
+  // what follows is for that.
+  bool plain;
+  struct Table {
+    int64_t offset;  // from the start of a strip; 0: there is none
+    int shift;       // row g >> shift is that of group g
+  };
+  ScaleDtype super_dtype;  // of these tables
+  Table supers, super_zeros;
+  const float* scale_code;  // [2^bits] values of scales
 };
+
+// The same weight with fp32 scales [groups][16], and offsets: wherever scales_offset and zeros_offset then point to.
+WeightView with_float_scales(const WeightView& w);
+// The offset with which kernels find `scales` as those of a strip.
+int64_t float_scales_offset(const WeightView& w, int64_t strip, const float* scales);
 
 // One row, one segment of K: x[k] = integer[k] * scale, exactly, but for the elements that are spilled.
 struct SplitSegment {
@@ -114,6 +130,7 @@ struct QuantizeJob {
   Format format;
   ZeroKind zero_kind;
   ScaleDtype scale_dtype;
+  float super_scale = 1.0f;  // scales are stored in units of this
   int bits;
   bool search;        // look for the scale with the least squared error
   float max;          // FormatInfo::max
@@ -137,14 +154,12 @@ struct QuantizeActivationJob {
 
 struct DequantizeJob {   // one row
   const uint8_t* codes;  // [K], one per byte
-  const uint8_t* scales;
-  const uint8_t* zeros;
+  const float* scales;   // [ceil(K / group_size)]
+  const float* zeros;    // or offsets
   int64_t K, group_size;
-  ZeroKind zero_kind;
-  ScaleDtype scale_dtype;
-  int bits;
-  const float* code;
-  float* values;  // [K]
+  bool offsets;
+  const float* code;  // of a code-book format, else null
+  float* values;      // [K]
 };
 
 // gemm on rows split into int8 planes, where the ISA has dot products that make it worth while.
@@ -156,6 +171,10 @@ struct PlaneKernels {
   int64_t rows_of_four;  // the same with four
   bool every_m;          // whether two planes are fast enough at any M to be the one kernel for all
 };
+
+// Scales of a strip's groups [first, first + count) to fp32 [count][16], and offsets if `zeros` is not null.
+using ExpandScales = void (*)(const WeightView& w, int64_t strip, int64_t first, int64_t count,
+                              float* scales, float* zeros);
 
 // Every function handles the whole range it is given on the calling thread, allocates nothing and throws nothing.
 struct IsaKernels {
@@ -172,6 +191,7 @@ struct IsaKernels {
   void (*quantize_group)(const QuantizeJob& job);
   void (*quantize_activation_row)(const QuantizeActivationJob& job);
   void (*dequantize_row)(const DequantizeJob& job);
+  ExpandScales expand_scales;
   PlaneKernels planes;
   // The largest M for gemm_stream: two passes over a strip, the second of them from cache.
   int64_t stream_rows;

@@ -7,6 +7,7 @@
 #if !defined(LOWBIT_NO_STREAM)
 #include "cpu/kernels/gemm_stream-inl.h"
 #endif
+#include "cpu/kernels/expand-inl.h"
 #include "cpu/kernels/panel-inl.h"
 #include "cpu/kernels/gemm_panel-inl.h"
 #include "cpu/kernels/grad_input-inl.h"
@@ -38,6 +39,7 @@ static IsaKernels make_kernels() {
   table.quantize_group = quantize_group;
   table.quantize_activation_row = quantize_activation_row;
   table.dequantize_row = dequantize_row;
+  table.expand_scales = expand_scales;
   return table;
 }
 

@@ -17,24 +17,23 @@ template <class Codec>
 void decode_panel(const Codec& codec, const WeightView& w, int64_t strip, int64_t k0, int64_t k1,
                   float* panel) {
   const uint8_t* base = w.data + strip * w.strip_bytes;
-  int64_t g = -1;
-  Group group{};
-  for (int64_t k = k0; k < k1; k += 32, panel += 32 * 16) {
-    const int64_t here = k / w.group_size < w.groups ? k / w.group_size : w.groups - 1;
-    if (here != g) {
-      g = here;
-      group.scale = group_scales(w, base, g);
-      group.zero = w.zero_kind == ZeroKind::kNone ? V::zero() : group_zeros(w, base, g);
-    }
-    const uint8_t* block = base + k / 32 * w.block_bytes;
-    __builtin_prefetch(block + 1024);
-    decode_quad<0>(codec, group, block, panel);
-    decode_quad<1>(codec, group, block, panel);
-    decode_quad<2>(codec, group, block, panel);
-    decode_quad<3>(codec, group, block, panel);
-    decode_quad<4>(codec, group, block, panel);
-    decode_quad<5>(codec, group, block, panel);
-    decode_quad<6>(codec, group, block, panel);
-    decode_quad<7>(codec, group, block, panel);
+  int64_t offset = k0 / 32 * w.block_bytes;
+  for (int64_t k = k0; k < k1;) {
+    const int64_t g = k / w.group_size < w.groups ? k / w.group_size : w.groups - 1;
+    const int64_t group_end = g + 1 == w.groups ? w.K_padded : (g + 1) * w.group_size;
+    const int64_t end = group_end < k1 ? group_end : k1;
+    const Group group{group_scales(w, base, g),
+                      w.zero_kind == ZeroKind::kNone ? V::zero() : group_zeros(w, base, g)};
+    for_halves<false>(
+        offset, w.block_bytes, k, end, [&](auto half, int64_t at, int64_t block_k) LOWBIT_FORCED {
+          const uint8_t* block = base + at;
+          prefetch_half<half.kQuad>(block);
+          float* to = panel + (block_k - k0) * 16;  // where quad 0 of the block would stand
+          decode_quad<half.kQuad>(codec, group, block, to);
+          decode_quad<half.kQuad + 1>(codec, group, block, to);
+          decode_quad<half.kQuad + 2>(codec, group, block, to);
+          decode_quad<half.kQuad + 3>(codec, group, block, to);
+        });
+    k = end;
   }
 }

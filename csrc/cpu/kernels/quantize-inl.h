@@ -73,7 +73,7 @@ inline Range range_of(const float* values, int64_t count) {
 }
 
 inline CodeGrid grid_of(const QuantizeJob& job) {
-  return {job.scale_dtype, job.bits, job.max, job.code != nullptr};
+  return {{job.scale_dtype, job.super_scale}, job.bits, job.max, job.code != nullptr};
 }
 
 // `e` holds round-to-nearest's parameters; afterwards the best found.
@@ -91,10 +91,10 @@ void search_scale(const QuantizeJob& job, const Range& range, Encoder& e) {
     e.p = p;
     return true;
   };
-  for (int i = 0; i < kSearchSteps && best > 0; ++i)
+  for (int i = 0; i < search_steps(grid) && best > 0; ++i)
     try_candidate(affine_of<kKind>(grid, range, search_factor<kKind>(grid, range, i)));
   for (int i = 0; i < kSearchRefits && best > 0; ++i) {
-    if (!try_candidate(round_to_storage<kKind>(refit<kKind>(job, e), job.scale_dtype))) break;
+    if (!try_candidate(round_to_storage<kKind>(refit<kKind>(job, e), grid.scales))) break;
   }
 }
 
@@ -106,7 +106,7 @@ void quantize_with(const QuantizeJob& job, Encoder e) {
   if (range.has_nan) e.p = with_nan<kKind>(e.p);
   if (search) search_scale<kKind>(job, range, e);
   for (int64_t i = 0; i < job.count; ++i) job.codes[i] = e.code(job.values[i]);
-  store_rounded(e.p.scale, job.scale_dtype, job.scale);
+  store_scale(e.p.scale, grid_of(job).scales, job.scale);
   store_zero<kKind>(e.p, job.scale_dtype, job.zero);
 }
 

@@ -71,21 +71,15 @@ void store_row(const float* from, int64_t count, Element dtype, void* to) {
 
 // w = (q - zero) * scale | q * scale + offset | code[q] * scale, each operation rounded to fp32 (no contraction).
 void dequantize_row(const DequantizeJob& job) {
-  const int64_t scale_bytes = job.scale_dtype == ScaleDtype::kFloat32 ? 4 : 2;
   for (int64_t begin = 0, g = 0; begin < job.K; begin += job.group_size, ++g) {
     const int64_t end = begin + job.group_size < job.K ? begin + job.group_size : job.K;
-    const float scale = load1(job.scales + g * scale_bytes, job.scale_dtype);
+    const float scale = job.scales[g], zero = job.zeros[g];
     if (job.code != nullptr) {
       for (int64_t k = begin; k < end; ++k) job.values[k] = job.code[job.codes[k]] * scale;
-    } else if (job.zero_kind == ZeroKind::kOffset) {
-      const float offset = load1(job.zeros + g * scale_bytes, job.scale_dtype);
+    } else if (job.offsets) {
       for (int64_t k = begin; k < end; ++k)
-        job.values[k] = static_cast<float>(job.codes[k]) * scale + offset;
+        job.values[k] = static_cast<float>(job.codes[k]) * scale + zero;
     } else {
-      const float zero = job.zero_kind == ZeroKind::kNone ? static_cast<float>(1 << (job.bits - 1))
-                         : job.zero_kind == ZeroKind::kInt
-                             ? static_cast<float>(job.zeros[g])
-                             : load1(job.zeros + g * scale_bytes, job.scale_dtype);
       for (int64_t k = begin; k < end; ++k)
         job.values[k] = (static_cast<float>(job.codes[k]) - zero) * scale;
     }

@@ -147,6 +147,15 @@ struct V {
              vcvtq_f32_s32(a.q[3])}};
   }
 
+  LOWBIT_INLINE static F as_f(I a) {
+    return {{vreinterpretq_f32_s32(a.q[0]), vreinterpretq_f32_s32(a.q[1]),
+             vreinterpretq_f32_s32(a.q[2]), vreinterpretq_f32_s32(a.q[3])}};
+  }
+  LOWBIT_INLINE static F select_lt(I a, I b, F yes, F no) {
+    F r;
+    for (int i = 0; i < 4; ++i) r.q[i] = vbslq_f32(vcltq_s32(a.q[i], b.q[i]), yes.q[i], no.q[i]);
+    return r;
+  }
   LOWBIT_INLINE static I keep_equal(F a, F b, I value) {
     I r;
     for (int i = 0; i < 4; ++i)

@@ -213,6 +213,10 @@ class A8Warp {
       Bytes::arrange(math, p_.w.K, m0_, step, member_, stage + layout_.x);
       sync_team();  // x is in order, all copies are here, and every warp is done with the stage refilled next
       fetch(segment, step + (p_.stages - 1) * turns, read == 0 ? p_.stages - 1 : read - 1);
+      if (!p_.w.plain) {
+        expand(segment, step, stage);
+        sync_team();
+      }
       if (has_rows)
         multiply_step(stage, step, kTurns || step + 1 == segment.last, math, parts, count, sums);
       read = read + 1 == p_.stages ? 0 : read + 1;
@@ -250,6 +254,11 @@ class A8Warp {
       Bytes::fetch(p_.x, p_.w.K, m0_, step, member_, stage + layout_.x);
     }
     ptx::cp_async_commit();
+  }
+
+  __device__ void expand(const Segment& segment, int step, uint8_t* stage) const {
+    const int place = member_ / kStripThreads;
+    if (inside(segment.tile_n * kStrips + place, p_.w.strips)) weights_.expand(step, stage, place);
   }
 
   // Cells by ones or twos, never across the end of a group. A loop that is not unrolled, because its body is long.

@@ -77,12 +77,14 @@ __device__ inline uint32_t load_bits(const void* from, int64_t i, int bytes) {
 
 __device__ inline float float_of(uint32_t bits, ScaleDtype dtype) {
   if (dtype == ScaleDtype::kFloat16) return ptx::f16_to_float(bits);
+  if (scale_bytes(dtype) == 1) return scale_code_value(dtype, bits);
   return ptx::bits_as_float(dtype == ScaleDtype::kFloat32 ? bits : bits << 16);
 }
 
 template <Format kFormat>
 __device__ Formula formula_of(const CanonicalParams& c, const Unit& u) {
   Formula f{0.0f, 0.0f, float_of(u.scale, c.scale_dtype), -0.0f};
+  if (c.super_scale != nullptr) f.scale = ptx::mul_rn(f.scale, *c.super_scale);
   if constexpr (is_integer(kFormat)) {
     f.start = kTwo23;
     if (c.zero_kind == ZeroKind::kNone) {

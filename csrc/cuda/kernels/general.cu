@@ -69,13 +69,14 @@ __device__ void add_floats(const WeightParams& w, const TileReader& reader, cons
   const int slot = lane / 4, t = lane % 4;
   const bool is_integer = reader.is_integer();
   for (int32_t k0 = 8 * slot; k0 < w.K; k0 += kSpan) {
-    const int64_t group = k0 / w.group_size;
+    int64_t group[2] = {};  // the same, but where blocks run across rows of odd length
     const CodePairs codes = reader.pairs(rows.strip, k0 / 16, k0 / 8 % 2, rows.g, t);
     float xs[kGeneralTokens][2] = {};
     bool real[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       real[e] = inside(k0 + 2 * t + e, w.K);
+      group[e] = (real[e] ? k0 + 2 * t + e : k0) / w.group_size;
       if (!real[e]) continue;
       const int64_t column = x.column(k0 + 2 * t + e);
 #pragma unroll
@@ -83,10 +84,14 @@ __device__ void add_floats(const WeightParams& w, const TileReader& reader, cons
     }
 #pragma unroll
     for (int j = 0; j < kReaderRows; ++j) {
-      const float scale = reader.scale(rows.strip, group, rows.g, j);
-      const float third = reader.third(rows.strip, group, rows.g, j);
+      float scale = reader.scale(rows.strip, group[0], rows.g, j);
+      float third = reader.third(rows.strip, group[0], rows.g, j);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
+        if (e == 1 && group[1] != group[0]) {
+          scale = reader.scale(rows.strip, group[1], rows.g, j);
+          third = reader.third(rows.strip, group[1], rows.g, j);
+        }
         const float value = code_value(w.format, reader.code(codes, j, e), nf4);
         // Past K the scale of the last group would still apply, and an infinite one make a NaN of 0 * x.
         const float weight =
@@ -185,11 +190,13 @@ __global__ void __launch_bounds__(32 * kGeneralWarps) general_kernel(const GemmP
   }
 }
 
-// Whether products of codes are integers whose groups of x do not cross those that perm sorts columns by.
+// Whether products of codes are integers, in groups of whole eights, whose groups of x do not cross those that perm sorts
+// columns by.
 bool is_exact(const GemmParams& p) {
   return p.x.type == Element::kInt8 &&
          static_cast<int>(p.w.format) <= static_cast<int>(Format::kInt8) &&
          (p.w.zero_kind == ZeroKind::kNone || p.w.zero_kind == ZeroKind::kInt) &&
+         (p.w.groups == 1 || p.w.group_size % 8 == 0) &&
          (p.w.perm == nullptr || p.x.scale_groups <= 1);
 }
 

@@ -30,13 +30,14 @@ __device__ void add_strip(const GemmParams& p, const TileReader& reader, const f
   const uint8_t* data = reader.strip(strip);
   const bool is_integer = reader.is_integer();
   CodePairs codes[2];
-  int64_t group[2];
+  int64_t group[4];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    codes[half] = reader.pairs(data, cell, half, g, t);
-    // A half that lies past K has no group: it takes the last one, and is not stored.
-    const int32_t k = 16 * cell + 8 * half;
-    group[half] = (inside(k, p.w.K) ? k : 16 * cell) / p.w.group_size;
+  for (int half = 0; half < 2; ++half) codes[half] = reader.pairs(data, cell, half, g, t);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    // What lies past K has no group: it takes the cell's first one, and is not stored.
+    const int32_t k = 16 * cell + 8 * (c / 2) + 2 * t + c % 2;
+    group[c] = (inside(k, p.w.K) ? k : 16 * cell) / p.w.group_size;
   }
 #pragma unroll 1
   for (int first = 0; first < kReaderRows; first += 2) {
@@ -48,8 +49,8 @@ __device__ void add_strip(const GemmParams& p, const TileReader& reader, const f
       float weights[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const float scale = reader.scale(data, group[c / 2], g, row);
-        const float third = reader.third(data, group[c / 2], g, row);
+        const float scale = reader.scale(data, group[c], g, row);
+        const float third = reader.third(data, group[c], g, row);
         const float value = code_value(p.w.format, reader.code(codes[c / 2], j, c % 2), nf4);
         weights[c] = weight_value(value, scale, third, p.w.zero_kind, is_integer);
       }

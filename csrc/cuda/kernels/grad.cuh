@@ -73,6 +73,10 @@ class GradWarp {
       // Every thread's copies are here, and every warp is done with the stage refilled next.
       ptx::sync_block();
       fetch(segment, fetched, filled);
+      if (!p_.w.plain) {
+        expand(segment, dynamic_shared() + read * layout_.bytes);
+        ptx::sync_block();
+      }
       multiply_strip(dynamic_shared() + read * layout_.bytes, sums);
       advance(read);
     }
@@ -147,6 +151,11 @@ class GradWarp {
       advance(slot);
     }
     ptx::cp_async_commit();
+  }
+
+  __device__ void expand(const Segment& segment, uint8_t* stage) const {
+    const int step = step_of(segment, half_);
+    if (inside(step * kStepCells, cells_)) weights_.expand(step, stage, half_);
   }
 
   // A fragments: 16 n of all tokens. A matrix of ldmatrix is 8 tokens x 8 n, in the order of A's registers.

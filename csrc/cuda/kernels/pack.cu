@@ -141,6 +141,18 @@ __global__ void __launch_bounds__(kPackThreads)
   write_padding(w, place, strip);
 }
 
+// The scale of all scales, for each row.
+__global__ void __launch_bounds__(kPackThreads)
+    pack_super_kernel(const WeightParams w, const float* from, uint8_t* to) {
+  const int64_t i = blockIdx.x * int64_t{kPackThreads} + threadIdx.x;
+  const int64_t strip = i / kStripRows;
+  const int place = static_cast<int>(i % kStripRows);
+  if (!inside(strip, w.strips)) return;
+  const bool exists = inside(strip * kStripRows + scale_position(place), w.N);
+  float* table = reinterpret_cast<float*>(to + strip * w.strip_bytes + w.supers.offset);
+  table[place] = exists ? *from : 0.0f;
+}
+
 // A launch that reads weights while the launch before it ends (LaunchOptions, runtime.h) must not find the one there that
 // writes them. This one is, and does nothing.
 __global__ void pack_end_kernel() {}
@@ -162,6 +174,10 @@ struct Pack {
 
 void launch_pack(const CanonicalParams& from, const WeightParams& w, uint8_t* to, Stream stream) {
   with_bits(w.bits, Pack{from, w, to, stream});
+  if (from.super_scale != nullptr)
+    launch("pack_super", pack_super_kernel,
+           Grid{static_cast<uint32_t>(div_up(int64_t{w.strips} * kStripRows, kPackThreads)), 1, 1},
+           kPackThreads, 0, stream, w, from.super_scale, to);
   if (from.perm != nullptr)
     copy_perm("pack_perm", from.perm, reinterpret_cast<int32_t*>(to + w.strips * w.strip_bytes),
               w.K, stream);

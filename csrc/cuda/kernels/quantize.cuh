@@ -160,7 +160,7 @@ __device__ void search_scale(const QuantizeLaunch& p, const Group& group, int la
   active = active && best.error > 0;
   const int first = p.shared_groups ? static_cast<int>(threadIdx.x) / kTeam : 0;
   const int step = p.shared_groups ? kTeams : 1;
-  for (int i = first; i < rules::kSearchSteps; i += step) {
+  for (int i = first; i < rules::search_steps(p.grid); i += step) {
     if (!ptx::any_lane(active && best.error > 0)) break;
     candidate.p =
         rules::affine_of<kKind>(p.grid, range, rules::search_factor<kKind>(p.grid, range, i));
@@ -174,7 +174,7 @@ __device__ void search_scale(const QuantizeLaunch& p, const Group& group, int la
   for (int i = 0; i < rules::kSearchRefits; ++i) {
     active = active && best.error > 0;
     if (!ptx::any_lane(active)) break;
-    candidate.p = rules::round_to_storage<kKind>(refit(group, lane, e), p.grid.scale_dtype);
+    candidate.p = rules::round_to_storage<kKind>(refit(group, lane, e), p.grid.scales);
     const double error = squared_error(group, lane, candidate);
     active = active && rules::usable_scale(candidate.p.scale) && error < best.error;
     if (active) best.error = error, e.p = candidate.p;
@@ -255,12 +255,12 @@ __device__ void quantize_group(const QuantizeLaunch& p, Encoder e) {
                  packed);
   }
   if (!exists || lane != 0 || rank != 0) return;
-  const int bytes = scale_bytes(p.grid.scale_dtype),
+  const int bytes = scale_bytes(p.grid.scales.dtype),
             zero_size = kKind == ZeroKind::kInt ? 1 : bytes;
-  rules::store_rounded(e.p.scale, p.grid.scale_dtype,
-                       static_cast<uint8_t*>(p.q.to.scales) + index * bytes);
+  rules::store_scale(e.p.scale, p.grid.scales,
+                     static_cast<uint8_t*>(p.q.to.scales) + index * bytes);
   if (kKind != ZeroKind::kNone)
-    rules::store_zero<kKind>(e.p, p.grid.scale_dtype,
+    rules::store_zero<kKind>(e.p, p.grid.scales.dtype,
                              static_cast<uint8_t*>(p.q.to.zeros) + index * zero_size);
 }
 

@@ -63,6 +63,10 @@ class StreamWarp {
         wait_for_oldest(p_.stages);
         // Every lane's copies are here, and every lane is done with the stage refilled next.
         ptx::sync_warp();
+        if (!p_.w.plain) {
+          strip_.expand(step, read, 0);
+          ptx::sync_warp();
+        }
       }
       if (inside(fetched, segment.last)) fetch(from, fetched, filled);
       ptx::cp_async_commit();  // an empty group too: waiting counts groups

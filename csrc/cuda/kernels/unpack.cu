@@ -8,7 +8,7 @@ namespace {
 // Codes (n, k) and (n, k + 1) of a tile in shared memory, each in a half; k is even.
 template <int kPlaneBits>
 __device__ uint32_t plane_pair(const uint8_t* plane, int n, int k) {
-  const CodePlace place = code_place(n, k, kPlaneBits);
+  const PairPlace place = code_place(n, k, kPlaneBits);
   const uint32_t word = reinterpret_cast<const uint32_t*>(plane)[place.word];
   return word >> place.shift & ((1u << kPlaneBits) - 1u) * 0x00010001u;
 }
@@ -135,6 +135,9 @@ struct Unpack {
 void launch_unpack(const WeightParams& w, const CanonicalParams& shape, const CanonicalOut& to,
                    Stream stream) {
   with_bits(w.bits, Unpack{w, shape, to, stream});
+  if (w.shared_super)
+    copy_perm("unpack_super", reinterpret_cast<const int32_t*>(w.data + w.supers.offset),
+              reinterpret_cast<int32_t*>(to.super_scale), 1, stream);
   if (w.perm != nullptr) copy_perm("unpack_perm", w.perm, to.perm, w.K, stream);
 }
 

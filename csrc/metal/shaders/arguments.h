@@ -22,16 +22,19 @@ inline int high(constant long& word) { return int(word >> 32); }
       constant long &word2 [[buffer(2)]], constant long &word3 [[buffer(3)]], \
       constant long &word4 [[buffer(4)]], constant long &word5 [[buffer(5)]], \
       constant long &word6 [[buffer(6)]], constant long &word7 [[buffer(7)]], \
-      constant long &word8 [[buffer(8)]]
+      constant long &word8 [[buffer(8)]], constant long &word9 [[buffer(9)]], \
+      constant long &word10 [[buffer(10)]]
 #define LOWBIT_GEMM_PARAMS \
-  lowbit::gemm_params(word0, word1, word2, word3, word4, word5, word6, word7, word8)
+  lowbit::gemm_params(word0, word1, word2, word3, word4, word5, word6, word7, word8, word9, word10)
 
 inline metal_params::Gemm gemm_params(constant long& a, constant long& b, constant long& c,
                                       constant long& d, constant long& e, constant long& f,
-                                      constant long& g, constant long& h, constant long& i) {
+                                      constant long& g, constant long& h, constant long& i,
+                                      constant long& j, constant long& k) {
   return {low(a),       high(a),       low(b),       high(b),       low(c),       high(c),
           uint(low(d)), uint(high(d)), uint(low(e)), uint(high(e)), low(f),       high(f),
-          low(g),       high(g),       low(h),       high(h),       uint(low(i)), uint(high(i))};
+          low(g),       high(g),       low(h),       high(h),       uint(low(i)), uint(high(i)),
+          uint(low(j)), uint(high(j)), low(k),       high(k)};
 }
 
 #define LOWBIT_CANONICAL_ARGUMENTS                                            \

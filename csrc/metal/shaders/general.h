@@ -8,39 +8,56 @@
 
 namespace lowbit {
 
-inline void any_weights(device const uchar* strip, uint chunk, thread const Gemm& p,
-                        thread float (&weights)[4][8]) {
+inline void any_group(device const uchar* strip, uint chunk, uint group, thread const Gemm& p,
+                      thread float (&weights)[4][8]) {
   switch (format_of(p.kinds)) {
     case Format::kInt2:
-      return chunk_weights<Format::kInt2>(strip, chunk, p, weights);
+      return group_weights<Format::kInt2>(strip, chunk, group, p, weights);
     case Format::kInt3:
-      return chunk_weights<Format::kInt3>(strip, chunk, p, weights);
+      return group_weights<Format::kInt3>(strip, chunk, group, p, weights);
     case Format::kInt4:
-      return chunk_weights<Format::kInt4>(strip, chunk, p, weights);
+      return group_weights<Format::kInt4>(strip, chunk, group, p, weights);
     case Format::kInt5:
-      return chunk_weights<Format::kInt5>(strip, chunk, p, weights);
+      return group_weights<Format::kInt5>(strip, chunk, group, p, weights);
     case Format::kInt6:
-      return chunk_weights<Format::kInt6>(strip, chunk, p, weights);
+      return group_weights<Format::kInt6>(strip, chunk, group, p, weights);
     case Format::kInt8:
-      return chunk_weights<Format::kInt8>(strip, chunk, p, weights);
+      return group_weights<Format::kInt8>(strip, chunk, group, p, weights);
     case Format::kFp8E4m3:
-      return chunk_weights<Format::kFp8E4m3>(strip, chunk, p, weights);
+      return group_weights<Format::kFp8E4m3>(strip, chunk, group, p, weights);
     case Format::kFp8E5m2:
-      return chunk_weights<Format::kFp8E5m2>(strip, chunk, p, weights);
+      return group_weights<Format::kFp8E5m2>(strip, chunk, group, p, weights);
     case Format::kFp4E2m1:
-      return chunk_weights<Format::kFp4E2m1>(strip, chunk, p, weights);
+      return group_weights<Format::kFp4E2m1>(strip, chunk, group, p, weights);
     default:
-      return chunk_weights<Format::kNf4>(strip, chunk, p, weights);
+      return group_weights<Format::kNf4>(strip, chunk, group, p, weights);
+  }
+}
+
+// Blocks that run across rows may have fewer than 8 k in common with one: 1, 2 or 4.
+inline void any_weights(device const uchar* strip, uint chunk, thread const Gemm& p,
+                        thread float (&weights)[4][8]) {
+  if (p.group_size >= 8 || p.group_size == p.K) {
+    any_group(strip, chunk, group_of(chunk * 8u, p), p, weights);
+    return;
+  }
+  const uint size = uint(p.group_size), first = chunk * (8u / size);
+  for (uint j = 0; j < 8u / size; ++j) {
+    float part[4][8];
+    if (inside((first + j) * size, uint(p.K))) any_group(strip, chunk, first + j, p, part);
+    for (uint row = 0; row < 4u; ++row) {
+      for (uint k = j * size; k < (j + 1u) * size; ++k) weights[row][k] = part[row][k];
+    }
   }
 }
 
 // group.x: strips; group.y: rows of x. x may be 8 bits wide; its columns are gathered here.
 template <int kOnly>
-[[kernel]] void general(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(9)]],
-                        device const uchar* x [[buffer(10)]], device uchar* y [[buffer(11)]],
-                        device const uchar* bias [[buffer(12)]],
-                        device const float* x_scales [[buffer(13)]],
-                        device const int* x_zeros [[buffer(14)]], LOWBIT_POSITION) {
+[[kernel]] void general(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(11)]],
+                        device const uchar* x [[buffer(12)]], device uchar* y [[buffer(13)]],
+                        device const uchar* bias [[buffer(14)]],
+                        device const float* x_scales [[buffer(15)]],
+                        device const int* x_zeros [[buffer(16)]], LOWBIT_POSITION) {
   const Gemm p = LOWBIT_GEMM_PARAMS;
   const int strip = int(group.x), m = int(group.y);
   const float zero = (p.kinds & metal_params::kHasXZeros) != 0 ? float(x_zeros[m]) : 0.0f;
@@ -66,8 +83,8 @@ template <int kOnly>
 
 // group.x: chunks of columns; group.y: rows of dy.
 template <int kOnly>
-[[kernel]] void general_grad(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(9)]],
-                             device const uchar* x [[buffer(10)]], device uchar* y [[buffer(11)]],
+[[kernel]] void general_grad(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(11)]],
+                             device const uchar* x [[buffer(12)]], device uchar* y [[buffer(13)]],
                              LOWBIT_POSITION) {
   const Gemm p = LOWBIT_GEMM_PARAMS;
   const int m = int(group.y);

@@ -14,8 +14,8 @@ inline int original_column(int k, device const uchar* w, thread const Gemm& p) {
 
 // group.x: 64 columns of W; group.y: 64 rows of dy.
 template <Format kFormat, class T>
-[[kernel]] void grad(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(9)]],
-                     device const T* x [[buffer(10)]], device uchar* y [[buffer(11)]],
+[[kernel]] void grad(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(11)]],
+                     device const T* x [[buffer(12)]], device uchar* y [[buffer(13)]],
                      LOWBIT_POSITION) {
   using Tile = GemmTile<T, 64>;
   LOWBIT_SHARED(MatrixShared<Tile>, shared);

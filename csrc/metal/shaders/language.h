@@ -1,6 +1,6 @@
 // What shaders start from: the Metal shading language 3.1 on a GPU, its emulation on the CPU otherwise (tests/emulator/metal).
 //
-// Shaders include headers of csrc/metal/shaders, metal/params.h and common/enums.h, which embed_shaders.py puts in front of
+// Shaders include headers of csrc/metal/shaders, metal/params.h, common/enums.h and tables of csrc/formats, which embed_shaders.py puts in front of
 // them: sources are compiled at run time, where there is no include path. Written in C++14, as Metal's compiler is: no lambda,
 // no `if constexpr`, no double; every pointer and reference names its address space.
 //

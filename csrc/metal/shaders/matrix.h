@@ -11,10 +11,10 @@ struct GemmTile : MatrixTile<T, kTokens, sizeof(T) == 2 ? 64 : 32> {};
 
 // group.x: 64 rows of W; group.y: kTokens rows of x.
 template <Format kFormat, class T, int kTokens>
-[[kernel]] void matrix(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(9)]],
-                       device const T* x [[buffer(10)]], device uchar* y [[buffer(11)]],
-                       device const uchar* bias [[buffer(12)]],
-                       device const float* x_scales [[buffer(13)]], LOWBIT_POSITION) {
+[[kernel]] void matrix(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(11)]],
+                       device const T* x [[buffer(12)]], device uchar* y [[buffer(13)]],
+                       device const uchar* bias [[buffer(14)]],
+                       device const float* x_scales [[buffer(15)]], LOWBIT_POSITION) {
   using Tile = GemmTile<T, kTokens>;
   LOWBIT_SHARED(MatrixShared<Tile>, shared);
   const Gemm p = LOWBIT_GEMM_PARAMS;
@@ -75,10 +75,10 @@ inline void add_scaled(threadgroup const float* sums, device const uchar* w, int
 
 // group.x: 64 rows of W; group.y: 64 rows of x. Groups are multiples of 32 k.
 template <Format kFormat>
-[[kernel]] void matrix_exact(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(9)]],
-                             device const half* x [[buffer(10)]], device uchar* y [[buffer(11)]],
-                             device const uchar* bias [[buffer(12)]],
-                             device const float* x_scales [[buffer(13)]], LOWBIT_POSITION) {
+[[kernel]] void matrix_exact(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(11)]],
+                             device const half* x [[buffer(12)]], device uchar* y [[buffer(13)]],
+                             device const uchar* bias [[buffer(14)]],
+                             device const float* x_scales [[buffer(15)]], LOWBIT_POSITION) {
   static_assert(kFormat != Format::kNf4, "half does not hold nf4's levels");
   using Tile = ExactTile;
   LOWBIT_SHARED(ExactShared, shared);

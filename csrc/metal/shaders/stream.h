@@ -60,10 +60,10 @@ inline void add_chunk(device const uchar* strip, uint chunk, device const T* x,
 
 // group.x: strips; group.y: rows of x, kM at a time.
 template <Format kFormat, class T, int kM, int kStrips, bool kAffine>
-[[kernel]] void stream(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(9)]],
-                       device const T* x [[buffer(10)]], device uchar* y [[buffer(11)]],
-                       device const uchar* bias [[buffer(12)]],
-                       device const float* x_scales [[buffer(13)]], LOWBIT_POSITION) {
+[[kernel]] void stream(LOWBIT_GEMM_ARGUMENTS, device const uchar* w [[buffer(11)]],
+                       device const T* x [[buffer(12)]], device uchar* y [[buffer(13)]],
+                       device const uchar* bias [[buffer(14)]],
+                       device const float* x_scales [[buffer(15)]], LOWBIT_POSITION) {
   LOWBIT_SHARED(StreamShared, shared);
   static_assert(4 * kStrips * kM <= kStreamValues, "one value per lane");
   const Gemm p = LOWBIT_GEMM_PARAMS;

@@ -4,10 +4,12 @@
 
 #include "metal/shaders/arguments.h"
 #include "metal/shaders/codec.h"
+#include "metal/shaders/numbers.h"
 
 namespace lowbit {
 
 using metal_params::Gemm;
+using metal_params::kNoSupers;
 
 inline device const uchar* strip_of(device const uchar* w, int strip, thread const Gemm& p) {
   return w + ulong(strip) * ulong(p.strip_bytes);
@@ -40,8 +42,80 @@ inline float load_one(device const uchar* at, ScaleDtype dtype) {
   }
 }
 
+// ---- scales of one byte, and of two levels -------------------------------------------------------------------------------
+
+// bitsandbytes' dynamic map of 256 numbers: the upper half, from the 128th on.
+constant constexpr float kDynamicHalf[127] = {
+#include "formats/dynamic_half.inc"
+};
+
+inline float dynamic8_value(uint code) {
+  if (code == 127u) return 0.0f;
+  if (code == 255u) return 1.0f;
+  return code > 127u ? kDynamicHalf[code - 128u] : -kDynamicHalf[126u - code];
+}
+
+// A power of two: the code is fp32's exponent field, but for 0, which is 2^-127, and 255, a NaN.
+inline float e8m0_value(uint code) {
+  return as_type<float>(code == 0u ? 0x00400000u : code == 255u ? 0x7fc00000u : code << 23);
+}
+
+inline float scale_code_value(uint code, ScaleDtype dtype) {
+  switch (dtype) {
+    case ScaleDtype::kE8m0:
+      return e8m0_value(code);
+    case ScaleDtype::kE4m3:
+      return fp8_e4m3_value(code);
+    case ScaleDtype::kInt6:
+      return float(int(code) - 32);
+    case ScaleDtype::kInt8:
+      return float(int(code) - 128);
+    case ScaleDtype::kDynamic8:
+      return dynamic8_value(code);
+    default:
+      return float(code);
+  }
+}
+// Of 4 bits, an offset may stand in the other half of a byte: from bit `shift` on.
+inline float4 decode_four(device const uchar* codes, uint shift, ScaleDtype dtype) {
+  const uint mask = dtype == ScaleDtype::kUInt4 ? 15u : 255u;
+  const uint4 four = uint4(*(device const uchar4*)codes) >> shift;
+  return float4(scale_code_value(four.x & mask, dtype), scale_code_value(four.y & mask, dtype),
+                scale_code_value(four.z & mask, dtype), scale_code_value(four.w & mask, dtype));
+}
+
+inline float4 load_supers(device const uchar* strip, uint offset, uint group,
+                          thread const Gemm& p) {
+  const ScaleDtype dtype = ScaleDtype(p.super_dtype);
+  const uint row = group >> uint(p.super_shift);
+  return load_four(strip + offset + row * (dtype == ScaleDtype::kFloat32 ? 16u : 8u), dtype);
+}
+
+inline float4 load_small_scales(device const uchar* strip, uint group, thread const Gemm& p) {
+  LOWBIT_EXACT
+  const ScaleDtype dtype = scale_dtype_of(p.kinds);
+  device const uchar* codes = strip + p.scales_offset;
+  if ((p.kinds & metal_params::kOneScale) != 0)
+    return float4(scale_code_value(codes[group], dtype));
+  float4 scales = decode_four(codes + group * 4u, 0u, dtype);
+  if (p.super_shift != kNoSupers) scales = scales * load_supers(strip, p.supers_offset, group, p);
+  if (dtype == ScaleDtype::kDynamic8)  // one number for all
+    scales = scales + load_four(strip + p.super_zeros_offset, ScaleDtype(p.super_dtype));
+  return scales;
+}
+
+// Offsets are codes in the dtype of the scales, of 4 bits in the same bytes.
+inline float4 load_small_offsets(device const uchar* strip, uint group, thread const Gemm& p) {
+  const ScaleDtype dtype = scale_dtype_of(p.kinds);
+  const bool shared = dtype == ScaleDtype::kUInt4;
+  const uint offset = shared ? p.scales_offset : p.zeros_offset;
+  return decode_four(strip + offset + group * 4u, shared ? 4u : 0u, dtype) *
+         load_supers(strip, p.super_zeros_offset, group, p);
+}
+
 inline float4 load_scales(device const uchar* strip, uint group, thread const Gemm& p) {
   const ScaleDtype dtype = scale_dtype_of(p.kinds);
+  if (dtype > ScaleDtype::kBFloat16) return load_small_scales(strip, group, p);
   const uint bytes = dtype == ScaleDtype::kFloat32 ? 4u : 2u;
   device const uchar* scales = strip + p.scales_offset;
   if ((p.kinds & metal_params::kOneScale) != 0)
@@ -60,6 +134,7 @@ inline float4 load_zeros(device const uchar* strip, uint group, thread const Gem
       return float4(*(device const uchar4*)(zeros + group * 4u));
     default: {
       const ScaleDtype dtype = scale_dtype_of(p.kinds);
+      if (dtype > ScaleDtype::kBFloat16) return load_small_offsets(strip, group, p);
       return load_four(zeros + group * (dtype == ScaleDtype::kFloat32 ? 16u : 8u), dtype);
     }
   }
@@ -114,11 +189,10 @@ inline void affine_weights(device const uchar* strip, uint chunk, uint group, th
   }
 }
 
-// weights[row][k] of any chunk, as dequantize has them: computed in fp32 in the contract's order.
+// weights[row][k] of any chunk, if it is in this group, as dequantize has them: computed in fp32 in the contract's order.
 template <Format kFormat>
-inline void chunk_weights(device const uchar* strip, uint chunk, thread const Gemm& p,
+inline void group_weights(device const uchar* strip, uint chunk, uint group, thread const Gemm& p,
                           thread float (&weights)[4][8]) {
-  const uint group = group_of(chunk * 8u, p);
   const float4 scales = load_scales(strip, group, p);
   if (is_integer(kFormat) && is_affine(p.kinds)) {
     affine_weights<kFormat>(strip, chunk, group, p, scales, weights);
@@ -130,6 +204,12 @@ inline void chunk_weights(device const uchar* strip, uint chunk, thread const Ge
     LOWBIT_UNROLL
     for (int k = 0; k < 8; ++k) weights[row][k] *= scales[row];
   }
+}
+
+template <Format kFormat>
+inline void chunk_weights(device const uchar* strip, uint chunk, thread const Gemm& p,
+                          thread float (&weights)[4][8]) {
+  group_weights<kFormat>(strip, chunk, group_of(chunk * 8u, p), p, weights);
 }
 
 }  // namespace lowbit

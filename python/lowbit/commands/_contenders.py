@@ -179,12 +179,17 @@ def make_dequantize(
     N, K = weight.shape
     target = target or find_target("cpu")
     q = QuantizedWeight.quantize(weight, dataclasses.replace(scheme, search=False)).to(target.device)
-    desc, third = scheme.desc(), q.zeros is not None
-    copies = copy_tensors(tuple(t for t in (q.packed, q.scales, q.zeros) if t is not None), warm)
+    desc, found = scheme.desc(), {"packed": q.packed, "scales": q.scales, "zeros": q.zeros, "supers": q.super_scales}
+    parts = {name: tensor for name, tensor in found.items() if tensor is not None}
+    copies = copy_tensors(tuple(parts.values()), warm)
 
     def bind(x: Tensor) -> Call:
-        def call(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-            return F.linear(x, ops.dequantize(packed, scales, zeros if third else None, None, N, K, desc, dtype))
+        def call(*tensors: Tensor) -> Tensor:
+            t = dict(zip(parts, tensors, strict=True))
+            W = ops.dequantize(
+                t["packed"], t["scales"], t.get("zeros"), None, N, K, desc, dtype, t.get("supers")
+            )  # fmt: skip
+            return F.linear(x, W)
 
         return rotate(copies, call)
 

@@ -14,12 +14,13 @@ from lowbit.formats._settings import Settings
 __all__ = ["Group", "Targets", "read_config"]
 
 _FORMATS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-_NOT_YET: Final = {
-    "nvfp4-pack-quantized": "FP8 scales under a global scale",
-    "mxfp4-pack-quantized": "E8M0 scales",
-    "mxfp8-quantized": "E8M0 scales of groups of 32",
-    "mxfp8-pack-quantized": "E8M0 scales of groups of 32",
-    "mxfp6-pack-quantized": "E8M0 scales and 6-bit floats",
+_NOT_YET: Final = {"mxfp6-pack-quantized": "6-bit floats"}
+#: Formats of small floats under scales of one byte: kind in _microscaling.py, and what the weights of the config must say.
+_MICROSCALING: Final = {
+    "nvfp4-pack-quantized": ("nvfp4", 4, "tensor_group", 16),
+    "mxfp4-pack-quantized": ("mxfp4", 4, "group", 32),
+    "mxfp8-quantized": ("mxfp8", 8, "group", 32),
+    "mxfp8-pack-quantized": ("mxfp8", 8, "group", 32),
 }
 _BITS: Final = (2, 3, 4, 5, 6, 8)
 # Long enough for any model; a bound on the work of matching names against patterns.
@@ -31,7 +32,7 @@ class Group:
     """How the layers of one config group are stored.
 
     Args:
-        kind: "int" or "float".
+        kind: "int", "float", or a kind of _microscaling.py.
         bits: of a code.
         strategy: "tensor", "channel", "group" or "block".
         group_size: -1 unless the strategy is "group".
@@ -123,7 +124,7 @@ def _group(section: Settings, default: str) -> Group | None:
     format = section.text("format", default)
     if format in _NOT_YET:
         raise ArtifactError(f"{section.where}: {format} is not read yet: it has {_NOT_YET[format]}")
-    if format not in (*_FORMATS, "mixed-precision", ""):
+    if format not in (*_FORMATS, *_MICROSCALING, "mixed-precision", ""):
         raise ArtifactError(f"{section.where}: format {format[:80]!r} is not read")
     if "output_activations" in section:
         raise ArtifactError(
@@ -132,6 +133,8 @@ def _group(section: Settings, default: str) -> Group | None:
     weights = section.section("weights")
     if weights is None:
         return None
+    if format in _MICROSCALING:
+        return _small_floats(weights, format)
     kind, strategy = weights.text("type", "int"), weights.text("strategy", "tensor")
     group_size = -1
     if strategy == "group":
@@ -152,6 +155,18 @@ def _group(section: Settings, default: str) -> Group | None:
         raise weights.fail("block_structure", "[128, 128]")
     about = {"tensor": "one scale", "channel": "one scale per row", "block": "blocks of 128 x 128"}[strategy]
     return Group(kind, 8, strategy, -1, activation, f"fp8, {about}{suffix}")
+
+
+def _small_floats(weights: Settings, format: str) -> Group:
+    """Inputs, which the checkpoint has rounded to 4 or 8 bits in small groups, stay as they are: that rounds less."""
+    kind, bits, strategy, group_size = _MICROSCALING[format]
+    if weights.text("type") != "float":
+        raise weights.fail("type", f"'float' in {format}")
+    weights.integer("num_bits", (bits,))
+    if weights.text("strategy") != strategy:
+        raise weights.fail("strategy", f"{strategy!r} in {format}")
+    weights.integer("group_size", (group_size,))
+    return Group(kind, bits, strategy, group_size, None, f"{kind}, groups of {group_size}")
 
 
 def _activation(section: Settings | None) -> str | None:

@@ -16,7 +16,6 @@ _BLOCK: Final = 128
 
 #: Dtypes of codes, and their formats.
 FP8: Final = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
-# E8M0 is 2^(u - 127): exact in fp32, where torch's conversion gives it.
 _SCALES: Final = (*SCALE_DTYPES, torch.float8_e8m0fnu)
 
 
@@ -42,14 +41,12 @@ def read_float8(module: Module, weight: str, scale: str, block: bool, activation
     """The weight of a layer that `check_float8` accepted. One scale for the tensor is repeated for every row."""
     codes, scales = module.read(weight), module.read(scale)
     format = FP8[codes.dtype]
-    if scales.dtype == torch.float8_e8m0fnu:
-        scales = scales.float()
     if not block:
         scales = scales.reshape(-1, 1).expand(codes.shape[0], 1).contiguous()
     scheme = Scheme(
         format,
         scaling="block128" if block else "group",
-        scale_dtype=str(scales.dtype).removeprefix("torch."),
+        scale_dtype="e8m0" if scales.dtype == torch.float8_e8m0fnu else str(scales.dtype).removeprefix("torch."),
         activation=activation,
     )
     tensors = {"packed": codes.view(torch.uint8), "scales": scales}

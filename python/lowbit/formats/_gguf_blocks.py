@@ -1,33 +1,34 @@
 """The block types of GGUF: how the bytes of a block become codes, scales and offsets of the canonical weight.
 
-A row of K weights is K / block blocks, one after the other. What a block says is kept exactly:
+A row of K weights is K / block blocks, one after the other. What a block says is kept exactly, and in as many bits:
 
-    type     bytes / weights   canonical                        bits per weight: in the file, canonical
-    Q4_0     d 16                int4  g32  fp16                4.5     4.5
-    Q4_1     d m 16              int4  g32  fp16 offset         5       5
-    Q5_0     d qh 16             int5  g32  fp16                5.5     5.5
-    Q5_1     d m qh 16           int5  g32  fp16 offset         6       6
-    Q8_0     d 32                int8  g32  fp16                8.5     8.5
-    Q2_K     sc qs d dmin        int2  g16  fp32 offset         2.625   6
-    Q3_K     hmask qs sc d       int3  g16  fp32                3.4375  5
-    Q4_K     d dmin sc qs        int4  g32  fp32 offset         4.5     6
-    Q5_K     d dmin sc qh qs     int5  g32  fp32 offset         5.5     7
-    Q6_K     ql qh sc d          int6  g16  fp32                6.5625  8
-    IQ4_NL   d 16                int8  g32  fp16                4.5     8.5
-    IQ4_XS   d sh sl qs          int8  g32  fp32                4.25    9
-    MXFP4    e 16                fp4   g32  bf16                4.25    4.5
-    NVFP4    4 x e4m3 32         fp4   g16  bf16                4.5     5
+    type     bytes / weights   canonical                          bits per weight (IQ4: in the file, canonical)
+    Q4_0     d 16                int4 g32 fp16                    4.5
+    Q4_1     d m 16              int4 g32 fp16 offset             5
+    Q5_0     d qh 16             int5 g32 fp16                    5.5
+    Q5_1     d m qh 16           int5 g32 fp16 offset             6
+    Q8_0     d 32                int8 g32 fp16                    8.5
+    Q2_K     sc qs d dmin        int2 g16 offset, u4 x fp16       2.625
+    Q3_K     hmask qs sc d       int3 g16, i6 x fp16              3.4375
+    Q4_K     d dmin sc qs        int4 g32 offset, u6 x fp16       4.5
+    Q5_K     d dmin sc qh qs     int5 g32 offset, u6 x fp16       5.5
+    Q6_K     ql qh sc d          int6 g16, i8 x fp16              6.5625
+    IQ4_NL   d 16                int8 g32 fp16                    4.5     8.5
+    IQ4_XS   d sh sl qs          int8 g32, i6 x fp16              4.25    8.25
+    MXFP4    e 16                fp4  g32 e8m0                    4.25
+    NVFP4    4 x e4m3 32         fp4  g16 e4m3                    4.5
 
-A K-quant's scale is an fp16 number times an integer of at most 8 bits: fp32 holds the product exactly, so what is lost by
-keeping it is memory and no value. The 16 values of IQ4's code book are integers of 8 bits, and stand here as such.
-A power of two (E8M0), and an E4M3 number, are exact in bf16.
+A K-quant has a super block of 256 weights: an fp16 number that the scales of its groups, integers of 4 to 8 bits, are multiplied
+by, and where there are minima a second one for those, negative here because offsets are added. The 16 values of IQ4's code book
+are integers of 8 bits, and stand here as such.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +37,17 @@ from lowbit.scheme import Scheme
 
 __all__ = ["PLAIN", "QUANTIZED", "TYPE_NAMES", "BlockType", "Decoded"]
 
-#: Codes uint8 [B, block], scales [B, block / group_size], offsets of the same shape or None.
-Decoded = tuple[Tensor, Tensor, Tensor | None]
+
+class Decoded(NamedTuple):
+    """B blocks: codes uint8 [B, block], scales and offsets [B, block / group_size], super scales and offsets [B, 1]; scales that
+    are codes, and such offsets, are bytes."""
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+    super_scales: Tensor | None = None
+    super_offsets: Tensor | None = None
+
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -50,23 +60,20 @@ class BlockType:
         name: as llama.cpp writes it: "Q4_K".
         block: weights in a block.
         nbytes: bytes of a block.
-        format, group_size, zero_kind, scale_dtype: of the canonical weight.
+        text: the scheme of the canonical weight.
         decode: uint8 [B, nbytes] -> Decoded.
     """
 
     name: str
     block: int
     nbytes: int
-    format: str
-    group_size: int
-    zero_kind: str
-    scale_dtype: str
+    text: str
     decode: Callable[[Tensor], Decoded]
 
-    @property
+    @functools.cached_property
     def scheme(self) -> Scheme:
         """What the canonical tensors mean."""
-        return Scheme(self.format, self.group_size, self.zero_kind, self.scale_dtype)
+        return Scheme.parse(self.text)
 
 
 # -- parts of a block ------------------------------------------------------------------------------------------------------
@@ -95,34 +102,34 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight scales and eight minima of 6 bits out of 12 bytes: fp32 [B, 8] each."""
+    """Eight scales and eight minima of 6 bits out of 12 bytes: [B, 8] each."""
     a, b, c = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = torch.cat([a & 63, (c & 15) | ((a >> 6) << 4)], 1)
     minima = torch.cat([b & 63, (c >> 4) | ((b >> 6) << 4)], 1)
-    return scales.float(), minima.float()
+    return scales, minima
 
 
 # -- blocks of 32 ----------------------------------------------------------------------------------------------------------
 
 
 def _q4_0(blocks: Tensor) -> Decoded:
-    return _nibbles(blocks[:, 2:]), _half(blocks, 0), None
+    return Decoded(_nibbles(blocks[:, 2:]), _half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor) -> Decoded:
-    return _nibbles(blocks[:, 4:]), _half(blocks, 0), _half(blocks, 2)
+    return Decoded(_nibbles(blocks[:, 4:]), _half(blocks, 0), _half(blocks, 2))
 
 
 def _q5_0(blocks: Tensor) -> Decoded:
-    return _nibbles(blocks[:, 6:]) | (_bits(blocks[:, 2:6]) << 4), _half(blocks, 0), None
+    return Decoded(_nibbles(blocks[:, 6:]) | (_bits(blocks[:, 2:6]) << 4), _half(blocks, 0))
 
 
 def _q5_1(blocks: Tensor) -> Decoded:
-    return _nibbles(blocks[:, 8:]) | (_bits(blocks[:, 4:8]) << 4), _half(blocks, 0), _half(blocks, 2)
+    return Decoded(_nibbles(blocks[:, 8:]) | (_bits(blocks[:, 4:8]) << 4), _half(blocks, 0), _half(blocks, 2))
 
 
 def _q8_0(blocks: Tensor) -> Decoded:
-    return blocks[:, 2:] ^ 0x80, _half(blocks, 0), None  # two's complement to excess 128
+    return Decoded(blocks[:, 2:] ^ 0x80, _half(blocks, 0))  # two's complement to excess 128
 
 
 def _iq4_codes(nibbles: Tensor) -> Tensor:
@@ -131,24 +138,19 @@ def _iq4_codes(nibbles: Tensor) -> Tensor:
 
 
 def _iq4_nl(blocks: Tensor) -> Decoded:
-    return _iq4_codes(_nibbles(blocks[:, 2:])), _half(blocks, 0), None
+    return Decoded(_iq4_codes(_nibbles(blocks[:, 2:])), _half(blocks, 0))
 
 
 def _mxfp4(blocks: Tensor) -> Decoded:
-    # 2^(e-127) is the bf16 number whose exponent field is e; 2^-127 is subnormal. 255, a NaN, becomes an infinity, and
-    # is refused with every other scale that is not finite.
-    exponent = blocks[:, 0:1].to(torch.int16)
-    scales = torch.where(exponent == 0, 0x40, exponent << 7).to(torch.int16).view(torch.bfloat16)
-    return _nibbles(blocks[:, 1:]), scales, None
+    return Decoded(_nibbles(blocks[:, 1:]), blocks[:, 0:1].contiguous().view(torch.float8_e8m0fnu))
 
 
 def _nvfp4(blocks: Tensor) -> Decoded:
     scales = blocks[:, 0:4].contiguous()
     if bool((scales > 0x7F).any()):
         raise ValueError(f"an NVFP4 scale is 0x{int(scales.max()):02x}; scales are unsigned, below 0x80")
-    values = scales.view(torch.float8_e4m3fn).bfloat16()
-    values = torch.where(scales == 0x7F, 0.0, values).bfloat16()  # the NaN of E4M3 stands for 0 here
-    return _nibbles(blocks[:, 4:].reshape(-1, 4, 8)).flatten(1), values, None
+    scales[scales == 0x7F] = 0  # the NaN of E4M3 stands for 0 here
+    return Decoded(_nibbles(blocks[:, 4:].reshape(-1, 4, 8)).flatten(1), scales.view(torch.float8_e4m3fn))
 
 
 # -- blocks of 256 ---------------------------------------------------------------------------------------------------------
@@ -162,8 +164,7 @@ def _q2_low(values: Tensor) -> Tensor:
 def _q2_k(blocks: Tensor) -> Decoded:
     scales = blocks[:, 0:16]
     codes = _q2_low(blocks[:, 16:80]).flatten(1)
-    low = _half(blocks, 82).float() * (scales >> 4).float()
-    return codes, _half(blocks, 80).float() * (scales & 15).float(), -low
+    return Decoded(codes, scales & 15, scales >> 4, _half(blocks, 80), -_half(blocks, 82))
 
 
 def _q3_k(blocks: Tensor) -> Decoded:
@@ -172,7 +173,7 @@ def _q3_k(blocks: Tensor) -> Decoded:
     packed = blocks[:, 96:108]
     low = torch.cat([packed[:, 0:8] & 15, packed[:, 0:8] >> 4], 1)
     scales = low | (_fields(packed[:, 8:12], 2, 0, 2, 4, 6).flatten(1) << 4)
-    return codes, _half(blocks, 108).float() * (scales.float() - 32), None
+    return Decoded(codes, scales, None, _half(blocks, 108))
 
 
 def _bit_planes(values: Tensor) -> Tensor:
@@ -180,52 +181,50 @@ def _bit_planes(values: Tensor) -> Tensor:
     return _fields(values, 1, 0, 1, 2, 3, 4, 5, 6, 7)
 
 
-def _k_affine(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    scales, minima = _k_scales(blocks[:, 4:16])
-    return _half(blocks, 0).float() * scales, -(_half(blocks, 2).float() * minima)
+def _k_affine(blocks: Tensor) -> tuple[Tensor, ...]:
+    return *_k_scales(blocks[:, 4:16]), _half(blocks, 0), -_half(blocks, 2)
 
 
 def _q4_k(blocks: Tensor) -> Decoded:
     codes = _nibbles(blocks[:, 16:144].reshape(-1, 4, 32)).flatten(1)
-    return codes, *_k_affine(blocks)
+    return Decoded(codes, *_k_affine(blocks))
 
 
 def _q5_k(blocks: Tensor) -> Decoded:
     low = _nibbles(blocks[:, 48:176].reshape(-1, 4, 32)).flatten(1)
-    return low | (_bit_planes(blocks[:, 16:48]).flatten(1) << 4), *_k_affine(blocks)
+    return Decoded(low | (_bit_planes(blocks[:, 16:48]).flatten(1) << 4), *_k_affine(blocks))
 
 
 def _q6_k(blocks: Tensor) -> Decoded:
     low = _nibbles(blocks[:, 0:128].reshape(-1, 2, 64)).flatten(1)
     high = _fields(blocks[:, 128:192].reshape(-1, 2, 32), 2, 0, 2, 4, 6).flatten(1)
-    scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
-    return low | (high << 4), _half(blocks, 208).float() * scales, None
+    scales = blocks[:, 192:208] ^ 0x80  # two's complement to excess 128
+    return Decoded(low | (high << 4), scales, None, _half(blocks, 208))
 
 
 def _iq4_xs(blocks: Tensor) -> Decoded:
     high = _fields(blocks[:, 2:4], 2, 0, 2, 4, 6).transpose(1, 2).flatten(1)
     low = _fields(blocks[:, 4:8], 4, 0, 4).transpose(1, 2).flatten(1)
-    scales = (low | (high << 4)).float() - 32
     codes = _iq4_codes(_nibbles(blocks[:, 8:136].reshape(-1, 8, 16)).flatten(1))
-    return codes, _half(blocks, 0).float() * scales, None
+    return Decoded(codes, low | (high << 4), None, _half(blocks, 0))
 
 
 #: GGUF's number of a type -> the type.
 QUANTIZED: Final[dict[int, BlockType]] = {
-    2: BlockType("Q4_0", 32, 18, "int4", 32, "none", "float16", _q4_0),
-    3: BlockType("Q4_1", 32, 20, "int4", 32, "offset", "float16", _q4_1),
-    6: BlockType("Q5_0", 32, 22, "int5", 32, "none", "float16", _q5_0),
-    7: BlockType("Q5_1", 32, 24, "int5", 32, "offset", "float16", _q5_1),
-    8: BlockType("Q8_0", 32, 34, "int8", 32, "none", "float16", _q8_0),
-    10: BlockType("Q2_K", 256, 84, "int2", 16, "offset", "float32", _q2_k),
-    11: BlockType("Q3_K", 256, 110, "int3", 16, "none", "float32", _q3_k),
-    12: BlockType("Q4_K", 256, 144, "int4", 32, "offset", "float32", _q4_k),
-    13: BlockType("Q5_K", 256, 176, "int5", 32, "offset", "float32", _q5_k),
-    14: BlockType("Q6_K", 256, 210, "int6", 16, "none", "float32", _q6_k),
-    20: BlockType("IQ4_NL", 32, 18, "int8", 32, "none", "float16", _iq4_nl),
-    23: BlockType("IQ4_XS", 256, 136, "int8", 32, "none", "float32", _iq4_xs),
-    39: BlockType("MXFP4", 32, 17, "fp4_e2m1", 32, "none", "bfloat16", _mxfp4),
-    40: BlockType("NVFP4", 64, 36, "fp4_e2m1", 16, "none", "bfloat16", _nvfp4),
+    2: BlockType("Q4_0", 32, 18, "int4-g32-fp16", _q4_0),
+    3: BlockType("Q4_1", 32, 20, "int4-g32-offset-fp16", _q4_1),
+    6: BlockType("Q5_0", 32, 22, "int5-g32-fp16", _q5_0),
+    7: BlockType("Q5_1", 32, 24, "int5-g32-offset-fp16", _q5_1),
+    8: BlockType("Q8_0", 32, 34, "int8-g32-fp16", _q8_0),
+    10: BlockType("Q2_K", 256, 84, "int2-g16-offset-u4-x16fp16", _q2_k),
+    11: BlockType("Q3_K", 256, 110, "int3-g16-i6-x16fp16", _q3_k),
+    12: BlockType("Q4_K", 256, 144, "int4-g32-offset-u6-x8fp16", _q4_k),
+    13: BlockType("Q5_K", 256, 176, "int5-g32-offset-u6-x8fp16", _q5_k),
+    14: BlockType("Q6_K", 256, 210, "int6-g16-i8-x16fp16", _q6_k),
+    20: BlockType("IQ4_NL", 32, 18, "int8-g32-fp16", _iq4_nl),
+    23: BlockType("IQ4_XS", 256, 136, "int8-g32-i6-x8fp16", _iq4_xs),
+    39: BlockType("MXFP4", 32, 17, "mxfp4", _mxfp4),
+    40: BlockType("NVFP4", 64, 36, "fp4-g16-e4m3", _nvfp4),
 }
 
 #: Types that are not quantized.

@@ -6,8 +6,9 @@
                weight.quant_state.bitsandbytes__nf4     JSON: shape, blocksize and more
     LLM.int8   weight i8 [N, K], SCB f32 [N]            w = weight * SCB / 127
 
-Blocks run over the ends of rows. Where K is a multiple of the block, a block is a group of the canonical weight; else the
-group is the largest that divides both, and its scale is repeated: the same values, in more bytes.
+Blocks run over the ends of rows; where K is a multiple of the block, and absmax is not quantized, a block is a group of the
+canonical weight. An absmax that is quantized stays so, if its code book is bitsandbytes' dynamic map, as it always is: else it is
+decoded to fp32, with bitsandbytes' two roundings.
 
 NF4 is exact. FP4's code book is {0, 1, 32, 48, 64, 96, 128, 192} / 192: all of them are fp8 e4m3 numbers, and stand as such
 with absmax / 192 as scale; bitsandbytes rounds its fractions instead, so that values agree to 2^-23 of themselves. So do
@@ -126,21 +127,12 @@ class _State(NamedTuple):
     nested_block: int | None
     nested_offset: float
 
-    @property
-    def group_size(self) -> int:
-        """Weights of a group of the canonical weight: within a row and within a block."""
-        common = math.gcd(self.K, self.block)
-        return -1 if common == self.K else common
-
 
 def _planned_4bit(module: Module) -> PlannedLinear:
     state = _read_state(module)
-    N, K, size = state.N, state.K, state.group_size
-    if K % 2 or (size != -1 and size % 8):
-        raise module.fail(
-            f"blocks of {state.block} weights run over the ends of rows of K={K}: nothing but groups of {abs(size)} lies "
-            "within both, and groups have to be a multiple of 8"
-        )
+    N, K = state.N, state.K
+    if K % 2:
+        raise module.fail(f"K={K} is odd: a byte would hold weights of two rows")
     weight = module.info("weight")  # uint8, or another dtype that the bytes are kept in (quant_storage)
     if weight.nbytes != N * K // 2:
         raise module.fail(f"weight is {describe(weight)}, {weight.nbytes} bytes; N={N}, K={K} takes {N * K // 2}")
@@ -207,17 +199,36 @@ def _is_size(value: object) -> bool:
 def _read_4bit(module: Module, state: _State) -> QuantizedWeight:
     nf4 = state.kind == "nf4"
     _check_book(module.read("weight.quant_map"), nf4)
-    scales = _read_absmax(module, state)
     nibbles = module.read("weight").reshape(-1).view(torch.uint8).reshape(state.N, -1)
-    if nf4:
-        packed = (nibbles << 4) | (nibbles >> 4)
-    else:
-        packed = _as_e4m3(nibbles)
-        scales = scales / _FP4_UNIT
-    size = state.K if state.group_size == -1 else state.group_size
-    scales = scales.repeat_interleave(state.block // size)[: state.N * state.K // size].reshape(state.N, -1)
-    scheme = Scheme("nf4" if nf4 else "fp8_e4m3", state.group_size, scale_dtype="float32")
-    return QuantizedWeight.from_tensors({"packed": packed, "scales": scales.contiguous()}, scheme, (state.N, state.K))
+    packed = (nibbles << 4) | (nibbles >> 4) if nf4 else _as_e4m3(nibbles)
+    unit = 1 if nf4 else _FP4_UNIT
+    format = "nf4" if nf4 else "fp8_e4m3"
+    tensors, scheme = _nested_absmax(module, state, format, unit)
+    if tensors is None:
+        tensors, scheme = _plain_absmax(module, state, format, unit)
+    return QuantizedWeight.from_tensors({"packed": packed, **tensors}, scheme, (state.N, state.K))
+
+
+def _nested_absmax(module: Module, state: _State, format: str, unit: int) -> tuple[dict[str, Tensor] | None, Scheme]:
+    """absmax as it is stored; None where it is not quantized, or by another code book than the one there is."""
+    block, every = state.block, state.nested_block
+    scheme = Scheme(format, block, "none", "dynamic8", "flat", super_groups=every or -1)
+    book = torch.tensor(next(row["code"] for row in _C.scale_table() if row["name"] == "dynamic8"))
+    if every is None or unit != 1 or not torch.equal(module.read("weight.nested_quant_map"), book):
+        return None, scheme
+    return {
+        "scales": module.read("weight.absmax"),
+        "super_scales": module.read("weight.nested_absmax"),
+        "scale_offset": torch.tensor([state.nested_offset], dtype=torch.float32),
+    }, scheme
+
+
+def _plain_absmax(module: Module, state: _State, format: str, unit: int) -> tuple[dict[str, Tensor], Scheme]:
+    """absmax in fp32."""
+    scales, block, K = _read_absmax(module, state) / unit, state.block, state.K
+    if K % block == 0:
+        return {"scales": scales.reshape(state.N, -1)}, Scheme(format, block, scale_dtype="float32")
+    return {"scales": scales}, Scheme(format, block, scale_dtype="float32", scaling="flat")
 
 
 def _as_e4m3(nibbles: Tensor) -> Tensor:

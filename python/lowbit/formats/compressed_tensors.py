@@ -4,6 +4,9 @@
                        weight_zero_point int32, packed in the same way along N: [ceil(N*b/32), G]; weight_g_idx int32 [K]
     int-quantized      weight int8 [N, K], weight_zero_point int8 in the shape of the scales
     float-quantized    weight fp8 [N, K]
+    nvfp4-, mxfp4-pack-quantized    weight_packed uint8 [N, K/2], weight_scale e4m3 [N, K/16] or E8M0 [N, K/32]; of the former
+                       weight_global_scale [1], which the scales are divided by
+    mxfp8-quantized    weight e4m3 [N, K], weight_scale E8M0 [N, K/32]
     all                weight_scale [N, G], [N, 1], [1] or, of 128 x 128 blocks, [ceil(N/128), ceil(K/128)]
                        input_scale, input_zero_point [1] where inputs have a calibrated scale
 
@@ -26,6 +29,7 @@ from lowbit.formats._ct_config import Group, Targets, read_config
 from lowbit.formats._float8 import FP8, check_float8, read_float8
 from lowbit.formats._format import Format
 from lowbit.formats._inputs import Inputs
+from lowbit.formats._microscaling import KINDS, Microscaling, check_microscaling
 from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules, plan_experts
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings
@@ -91,6 +95,8 @@ def _group_of(module: Module, targets: Targets) -> Group:
 
 
 def _plan_layer(module: Module, group: Group, version: str) -> PlannedLinear:
+    if group.kind in KINDS:
+        return _plan_microscaling(module, group)
     inputs = Inputs(module, group.activation, *_INPUTS)
     if group.kind == "float":
         module.only(("weight", "weight_scale", *inputs.leaves))
@@ -100,6 +106,19 @@ def _plan_layer(module: Module, group: Group, version: str) -> PlannedLinear:
         return _plan_packed(module, group, inputs, version)
     module.only((*_PLAIN, *inputs.leaves))
     return _plan_int(module, group, inputs)
+
+
+def _plan_microscaling(module: Module, group: Group) -> PlannedLinear:
+    codes = "weight_packed" if "weight_packed" in module else "weight"
+    above = "weight_global_scale" if group.kind == "nvfp4" else None
+    store = Microscaling(group.kind, codes, "weight_scale", above, divides=True)
+    inputs = Inputs(module, None)
+    module.only((*store.leaves, "input_global_scale", *inputs.leaves))
+    shape, weight = check_microscaling(module, store)
+    inputs.check(*shape)
+    return module.planned(
+        shape, group.about, (*store.leaves, *inputs.leaves, "input_global_scale"), lambda: inputs.record(weight())
+    )
 
 
 def _plan_float(module: Module, group: Group, inputs: Inputs) -> PlannedLinear:
@@ -196,7 +215,7 @@ def _plan_packed(module: Module, group: Group, inputs: Inputs, version: str) -> 
             f"weight_shape says N={N}, K={K}, which at {bits} bits is weight_packed "
             f"[{N}, {_words(K, bits, True)}], found {describe(packed)}"
         )
-    dense = _is_dense(module, words, K, bits, version)
+    dense = _is_dense(module, words, N, K, bits, version)
     group_size, G = _groups(module, group, K)
     shapes = _scale_shapes(group, N, G)
     module.check("weight_scale", _SCALES, *shapes)
@@ -227,15 +246,21 @@ def _words(count: int, bits: int, dense: bool) -> int:
     return -(-count * bits // 32) if dense else -(-count // (32 // bits))
 
 
-def _is_dense(module: Module, words: int, K: int, bits: int, version: str) -> bool:
+def _is_dense(module: Module, words: int, N: int, K: int, bits: int, version: str) -> bool:
     """Whether codes run on across words. The width of a row tells, but for the few K that need as many words either way."""
     if 32 % bits == 0:
         return True
     dense, sparse = _words(K, bits, True), _words(K, bits, False)
     if dense != sparse:
         return words == dense
-    if dense == 1:
+    zeros = module.info("weight_zero_point") if "weight_zero_point" in module else None
+    packed_zeros = zeros is not None and zeros.dtype == torch.int32
+    if dense == 1 and not packed_zeros:
         return True  # one word is filled in the same way
+    if zeros is not None and packed_zeros and zeros.shape[:1] != (_words(N, bits, False),):
+        return True  # zeros are packed along N as codes are along K: their width may tell
+    if zeros is not None and packed_zeros and zeros.shape[:1] != (_words(N, bits, True),):
+        return False
     try:
         numbers = tuple(int(part) for part in version.split(".")[:2])
     except ValueError:
@@ -269,7 +294,7 @@ def _packed_zeros(module: Module, bits: int, N: int, G: int, dense: bool) -> Ten
 
 FORMAT: Final = Format(
     "compressed-tensors",
-    "compressed-tensors (llm-compressor): pack-quantized, int-quantized and float-quantized",
+    "compressed-tensors (llm-compressor): integers, fp8, nvfp4, mxfp4, mxfp8",
     _by_config,
     _by_tensors,
     _plan,

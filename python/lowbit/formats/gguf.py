@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import array
 import contextlib
+import dataclasses
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +24,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lowbit import _C
+from lowbit._canonical import canonical_tensors
 from lowbit.errors import ArtifactError
-from lowbit.formats._bits import pack_codes, row_bytes
+from lowbit.formats._bits import pack_codes
 from lowbit.formats._format import Container
 from lowbit.formats._gguf_blocks import BlockType
 from lowbit.formats._gguf_file import MAGIC, GGUFTensor
@@ -38,6 +42,9 @@ __all__ = ["CONTAINER", "GGUFModel", "load_gguf"]
 # Weights decoded at a time: few enough for what is made on the way to stay in a cache.
 _CHUNK: Final = 1 << 19
 _MAX_EXPERTS: Final = 1 << 16
+#: Parts of a block that may be codes, and how wide those are.
+_CODES: Final = ("scales", "offsets")
+_CODE_BITS: Final = {row["name"]: row["bits"] for row in _C.scale_table()}
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -288,25 +295,44 @@ def _read_weight(file: GGUFFiles, tensor: GGUFTensor, rows: Tensor | None, facto
 
     Args:
         rows: as `_Mapper._rows` gives it.
-        factor: fp32, one element: every weight is multiplied by it. The scales are then fp32, rounded once.
+        factor: fp32, one element: every weight is multiplied by it.
     """
     kind = tensor.type
     assert isinstance(kind, BlockType)
     N, K = tensor.shape
-    scheme = kind.scheme if factor is None else Scheme(kind.format, kind.group_size, kind.zero_kind, "float32")
-    scales = torch.empty(N, K // kind.group_size, dtype=getattr(torch, str(scheme.scale_dtype)))
-    made = {"packed": torch.empty(N, row_bytes(K, scheme.bits), dtype=torch.uint8), "scales": scales}
-    if scheme.zero_kind == "offset":
-        made["offsets"] = torch.empty_like(scales)
+    scheme = kind.scheme if factor is None else _scaled(kind.scheme)
+    made = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in canonical_tensors(scheme, N, K).items()}
+    if factor is not None and scheme.super_groups == -1:
+        made["super_scales"], factor = factor.reshape(1).clone(), None
     step = max(1, _CHUNK // K)
     for begin in range(0, N, step):
         count = min(step, N - begin)
-        blocks = file.read_rows(tensor, begin, count).reshape(-1, kind.nbytes)
-        codes, *grouped = kind.decode(blocks)
+        decoded = kind.decode(file.read_rows(tensor, begin, count).reshape(-1, kind.nbytes))._asdict()
+        codes = decoded.pop("codes")
         to: Tensor | slice = slice(begin, begin + count) if rows is None else rows[begin : begin + count]
         made["packed"][to] = pack_codes(codes.reshape(count, K), scheme.bits)
-        for name, values in zip(("scales", "offsets"), grouped, strict=True):
-            if values is not None:
-                values = values if factor is None else values.float() * factor
-                made[name][to] = values.reshape(count, -1)
+        levels = ("super_scales", "super_offsets") if scheme.super_groups > 0 else ("scales", "offsets")
+        for name, values in decoded.items():
+            if values is None:
+                continue
+            if factor is not None and name in levels:
+                values = values.float() * factor
+            values = values.reshape(count, -1)
+            if values.dtype == torch.uint8 and name in _CODES:
+                values = pack_codes(values, _CODE_BITS[str(scheme.scale_dtype)])
+            _put(made[name], to, values)
     return QuantizedWeight.from_tensors(made, scheme, (N, K))
+
+
+def _put(table: Tensor, to: Tensor | slice, values: Tensor) -> None:
+    if table.dtype.itemsize == 1:  # torch puts no float8 into places
+        table, values = table.view(torch.uint8), values.view(torch.uint8)
+    table[to] = values
+
+
+def _scaled(scheme: Scheme) -> Scheme:
+    """The scheme of such weights times one number: above all scales, in the super scales, or in the scales."""
+    change = functools.partial(dataclasses.replace, scheme)
+    if scheme.scale_dtype == "e4m3":
+        return change(scaling="two_level", super_groups=-1)
+    return change(super_dtype="float32") if scheme.super_groups else change(scale_dtype="float32")

@@ -4,18 +4,16 @@
     mxfp4, mxfp8    weight u32 [N, K*b/32], scales u8 [N, K/32]            w = code * 2^(scale - 127)
     nvfp4           weight u32 [N, K/8], scales u8 [N, K/16]               w = code * scale, an E4M3 number
 
-Codes are a bit stream along K, as in the canonical weight, and are taken as they are. Scales of one byte become bf16, which
-holds them exactly. Embeddings are quantized like linear layers.
+Codes are a bit stream along K, as in the canonical weight; codes, scales and biases are taken as they are. Embeddings are
+quantized like linear layers.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lowbit.errors import ArtifactError
 from lowbit.formats._format import Format
@@ -37,22 +35,15 @@ class _Mode(NamedTuple):
     format: str
     bits: int
     group_size: int
-    decode: Callable[[Tensor], Tensor]
-
-
-def _e8m0(scales: Tensor) -> Tensor:
-    return scales.view(torch.float8_e8m0fnu).bfloat16()
-
-
-def _e4m3(scales: Tensor) -> Tensor:
-    return scales.view(torch.float8_e4m3fn).bfloat16()
+    scales: torch.dtype
+    scale_dtype: str
 
 
 #: The modes whose codes are floating point numbers.
 _MODES: Final = {
-    "mxfp4": _Mode("fp4_e2m1", 4, 32, _e8m0),
-    "mxfp8": _Mode("fp8_e4m3", 8, 32, _e8m0),
-    "nvfp4": _Mode("fp4_e2m1", 4, 16, _e4m3),
+    "mxfp4": _Mode("fp4_e2m1", 4, 32, torch.float8_e8m0fnu, "e8m0"),
+    "mxfp8": _Mode("fp8_e4m3", 8, 32, torch.float8_e8m0fnu, "e8m0"),
+    "nvfp4": _Mode("fp4_e2m1", 4, 16, torch.float8_e4m3fn, "e4m3"),
 }
 
 
@@ -168,8 +159,8 @@ def _weight(module: Module, setting: _Setting, shape: tuple[int, int]) -> Quanti
         scheme = Scheme(f"int{setting.bits}", setting.group_size, "offset", scale_name(module.info("scales")))
     else:
         mode = _MODES[setting.mode]
-        tensors["scales"] = mode.decode(tensors["scales"])
-        scheme = Scheme(mode.format, setting.group_size, scale_dtype="bfloat16")
+        tensors["scales"] = tensors["scales"].view(mode.scales)
+        scheme = Scheme(mode.format, setting.group_size, scale_dtype=mode.scale_dtype)
     return QuantizedWeight.from_tensors(tensors, scheme, shape)
 
 

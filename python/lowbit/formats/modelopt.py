@@ -6,6 +6,8 @@
                                  complement; weight_scale fp32 [N, G]; pre_quant_scale [K], which x is multiplied by
     W8A16, W8A8_SQ_PER_CHANNEL   weight int8 [N, K], weight_scale [N]; the latter (SmoothQuant) with pre_quant_scale [K]
                                  and input_scale
+    NVFP4, W4A16_NVFP4           weight uint8 [N, K/2], weight_scale e4m3 [N, K/16], weight_scale_2: one factor of those
+    MXFP4, MXFP8                 weight uint8 [N, K/2] or e4m3 [N, K], weight_scale E8M0 [N, K/32]
     MIXED_PRECISION              quantized_layers: {layer: {"quant_algo": one of these, "group_size"}}
 
 It stands in config.json's quantization_config, or in hf_quant_config.json under "quantization".
@@ -24,6 +26,7 @@ from lowbit.formats._codes import group_about, integer_weight
 from lowbit.formats._float8 import FP8, check_float8, read_float8
 from lowbit.formats._format import Format
 from lowbit.formats._inputs import Inputs
+from lowbit.formats._microscaling import Microscaling, check_microscaling
 from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings, agreed
@@ -145,17 +148,38 @@ def _plan_int4(module: Module, details: Settings) -> PlannedLinear:
     return module.planned((N, K), group_about(4, size), (*_WEIGHT, *inputs.leaves), read)
 
 
+def _plan_microscaling(kind: str) -> Callable[[Module, Any], PlannedLinear]:
+    store = Microscaling(kind, *_WEIGHT, "weight_scale_2" if kind == "nvfp4" else None)
+
+    def plan(module: Module, details: Settings) -> PlannedLinear:
+        # Inputs that the checkpoint rounds to 4 or 8 bits in small groups stay as they are: that rounds less.
+        inputs = Inputs(module, None, None, None, "pre_quant_scale")
+        leaves = (*store.leaves, *inputs.leaves, "input_scale")
+        module.only(leaves)
+        shape, weight = check_microscaling(module, store)
+        inputs.check(*shape)
+        return module.planned(shape, store.about, leaves, lambda: inputs.record(weight()))
+
+    return plan
+
+
 _LAYOUTS: Final[dict[str, Callable[[Module, Any], PlannedLinear]]] = {
     "FP8": _plan_fp8,
     "FP8_PER_CHANNEL_PER_TOKEN": _plan_fp8,
     "W4A16_AWQ": _plan_int4,
     "W8A16": _plan_int8,
     "W8A8_SQ_PER_CHANNEL": _plan_int8,
+    "NVFP4": _plan_microscaling("nvfp4"),
+    "NVFP4_AWQ": _plan_microscaling("nvfp4"),
+    "W4A16_NVFP4": _plan_microscaling("nvfp4"),
+    "MXFP4": _plan_microscaling("mxfp4"),
+    "W4A8_MXFP4_FP8": _plan_microscaling("mxfp4"),
+    "MXFP8": _plan_microscaling("mxfp8"),
 }
 
 FORMAT: Final = Format(
     "modelopt",
-    "NVIDIA Model Optimizer: FP8, W4A16_AWQ, W8A16 and INT8 SmoothQuant",
+    "NVIDIA Model Optimizer: FP8, NVFP4, MXFP4, MXFP8, W4A16_AWQ, W8A16, INT8 SmoothQuant",
     _by_config,
     _by_tensors,
     _plan,

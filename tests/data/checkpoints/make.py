@@ -264,7 +264,7 @@ def decode() -> None:
     found: dict[str, dict[str, Any]] = {}
     for folder, (_, kept) in CUTS.items():
         family = folder.partition("-")[0]
-        if family not in DECODERS or folder == "ct-nvfp4":
+        if family not in DECODERS:
             continue
         config = json.loads((HERE / folder / "config.json").read_text())
         tensors = load_file(HERE / folder / "model.safetensors")

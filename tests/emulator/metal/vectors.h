@@ -50,6 +50,7 @@ LOWBIT_VECTOR_OPERATOR(+)
 LOWBIT_VECTOR_OPERATOR(-)
 LOWBIT_VECTOR_OPERATOR(*)
 LOWBIT_VECTOR_OPERATOR(<<)
+LOWBIT_VECTOR_OPERATOR(>>)
 #undef LOWBIT_VECTOR_OPERATOR
 template <class T, int kCount>
 vec<T, kCount>& operator*=(vec<T, kCount>& a, T b) {
