@@ -87,7 +87,8 @@ def _group_errors_weighted(weight: torch.Tensor, spec: Spec, importance: torch.T
 @pytest.mark.parametrize(
     ("kind", "gain"),
     # The ratio of squared errors on Gaussian weights in groups of 64, rounded up from what a fine search in fp64 reaches.
-    [("int2", 0.75), ("int3", 0.9), ("int4", 0.95), ("int2-offset", 0.75), ("int4-int", 0.97), ("nf4", 0.98)],
+    # Scales of one sign would leave int2 at 0.484 and nf4 at 0.857.
+    [("int2", 0.478), ("int3", 0.9), ("int4", 0.95), ("int2-offset", 0.75), ("int4-int", 0.97), ("nf4", 0.83)],
 )
 def test_it_pays(kind: str, gain: float) -> None:
     format, zero_kind, _ = KINDS[kind]

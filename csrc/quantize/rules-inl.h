@@ -16,8 +16,8 @@
 // A group without extent has s = 1; an s that would round to 0 becomes the dtype's smallest number; a group with a NaN
 // has a NaN scale.
 //
-// The search starts from that, tries a grid of smaller and larger ranges (with a negative scale where a symmetric integer
-// group has its extreme on the positive side), then refits scale (and offset) by least squares to the codes found, and
+// The search starts from that, tries a grid of smaller and larger ranges (with negative scales where the codes of a format
+// reach further, or lie closer, on one side of 0), then refits scale (and offset) by least squares to the codes found, and
 // keeps a candidate only if its squared error is smaller: never worse than round-to-nearest on any group. The error is
 // summed in fp64 over 16 fixed lanes, so that the choice is the same on every ISA and device.
 //
@@ -283,12 +283,35 @@ struct Range {
   bool has_nan;
 };
 
+// What a negative scale changes where a format has no zeros.
+enum class Mirror : int {
+  kNothing,   // every code has its opposite
+  kLongSide,  // codes reach further down (-8) than up (7), so the larger extreme of a group decides
+  kBoth  // and much follows from it: both signs are tried (two bits: -2 .. 1; nf4: seven levels below 0, eight above)
+};
+
+LOWBIT_HD inline Mirror mirror_of(Format format) {
+  switch (format) {
+    case Format::kInt2:
+    case Format::kInt3:
+    case Format::kNf4:
+      return Mirror::kBoth;
+    case Format::kInt4:
+    case Format::kInt5:
+    case Format::kInt6:
+    case Format::kInt8:
+      return Mirror::kLongSide;
+    default:
+      return Mirror::kNothing;
+  }
+}
+
 // The parts of a quantizer's job that scale and zero depend on.
 struct CodeGrid {
   ScaleStorage scales;
   int bits;
-  float max;          // FormatInfo::max
-  bool is_code_book;  // otherwise integers
+  float max;  // FormatInfo::max
+  Mirror mirror;
 };
 
 // Scale and zero for a group whose range is taken to be `factor` times its own.
@@ -368,15 +391,16 @@ LOWBIT_HD inline bool searchable(const Range& r, const Affine& p) {
 }
 
 // Step i takes this much of the range: 0.40 .. 1.15. Two bits want to clip half of it, symmetric codes gain by reaching a
-// little further. Symmetric integers reach further down (-8) than up (7): a negative scale gives the long side to a
-// positive extreme.
+// little further. The sign is that of the scale: where both are tried, each has every other step, which loses nothing that
+// the refits do not find again.
 template <ZeroKind kKind>
 LOWBIT_HD inline float search_factor(const CodeGrid& grid, const Range& r, int step) {
   if (grid.scales.dtype == ScaleDtype::kE8m0)  // the powers beside round-to-nearest's
     return step == 0 ? 0.5f : step == 1 ? 2.0f : 1.0f;
-  const bool reaches_down = kKind == ZeroKind::kNone && !grid.is_code_book;
-  const float sign = reaches_down && r.high > -r.low ? -1.0f : 1.0f;
-  return sign * (0.40f + 0.012f * static_cast<float>(step));
+  const float factor = 0.40f + 0.012f * static_cast<float>(step);
+  if (kKind != ZeroKind::kNone || grid.mirror == Mirror::kNothing) return factor;
+  const bool negative = grid.mirror == Mirror::kBoth ? (step & 1) != 0 : r.high > -r.low;
+  return negative ? -factor : factor;
 }
 
 // Neither 0 nor Inf nor NaN.

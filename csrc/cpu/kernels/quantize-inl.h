@@ -73,7 +73,7 @@ inline Range range_of(const float* values, int64_t count) {
 }
 
 inline CodeGrid grid_of(const QuantizeJob& job) {
-  return {{job.scale_dtype, job.super_scale}, job.bits, job.max, job.code != nullptr};
+  return {{job.scale_dtype, job.super_scale}, job.bits, job.max, mirror_of(job.format)};
 }
 
 // `e` holds round-to-nearest's parameters; afterwards the best found.

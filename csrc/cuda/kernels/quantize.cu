@@ -67,8 +67,9 @@ void start_integers(const QuantizeLaunch& p, Stream stream) {
 
 void launch_quantize(const QuantizeParams& q, Stream stream) {
   const FormatInfo& info = format_info(q.shape.format);
-  QuantizeLaunch p{
-      q, {{q.shape.scale_dtype, 1.0f}, info.bits, info.max, !info.is_integer}, 0, false, {}};
+  const rules::CodeGrid grid{
+      {q.shape.scale_dtype, 1.0f}, info.bits, info.max, rules::mirror_of(q.shape.format)};
+  QuantizeLaunch p{q, grid, 0, false, {}};
   for (int i = 0; i < 16; ++i) p.table[i] = kNf4Code[static_cast<size_t>(i)];
   switch (q.shape.format) {
     case Format::kFp8E4m3:
