@@ -19,12 +19,11 @@ namespace lowbit::cuda {
 
 struct StageLayout {
   int32_t x, scales, zeros;  // bytes from the stage's start; the codes stand at 0
-  int32_t stored;            // rows as they are stored, strip by strip
-  int32_t
-      stored_bytes;  // of a strip: scales and offsets [groups], super scales and their zeros [supers]
-  int32_t bytes;     // of the stage
-  int32_t groups;    // the most that a step touches
-  int32_t supers;    // rows of super scales, the same; 0: there are none, or there is one for all
+  // Rows as they are stored, strip by strip: scales, offsets [groups] | super scales, their zeros [supers].
+  int32_t stored, stored_bytes;  // where, and how many bytes of a strip
+  int32_t bytes;                 // of the stage
+  int32_t groups;                // the most that a step touches
+  int32_t supers;                // the same; 0: there are none, or there is one for all
 };
 
 // A group is a multiple of 16: a step can begin in its last 16.

@@ -57,9 +57,8 @@ def _by_tensors(source: Source) -> str | None:
     for module in modules(source, "weight_packed", "weight_scale"):
         if "weight_packed" in module and "weight_scheme" not in module:  # that is lowbit's own
             return f"{module.path} has weight_packed {describe(module.info('weight_packed'))}"
-        if "weight_scale" in module and "weight" in module and module.info("weight").dtype in (torch.int8, *FP8):
-            weight, scale = module.info("weight"), module.info("weight_scale")
-            return f"{module.path} has weight {describe(weight)} and weight_scale {describe(scale)}"
+        if found := module.scaled_weight((torch.int8, *FP8), "weight_scale"):
+            return found
     return None
 
 
