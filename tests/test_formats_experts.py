@@ -181,6 +181,8 @@ def test_models_load_them(layout: str, tmp_path: Path) -> None:
         # FP8's inputs are quantized too.
         assert float((logits(one) - want).norm() / want.norm()) < (0.1 if layout == "fp8" else 1e-5)
     assert torch.equal(logits(model), logits(report.model))
+    with torch.device("meta"):  # which Transformers, loading, would have kept from meaning linspace
+        assert torch.linspace(0, 1, 2).is_meta
 
 
 def test_parts_that_do_not_fit(tmp_path: Path) -> None:

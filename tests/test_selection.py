@@ -38,7 +38,8 @@ def test_table() -> None:
     for row in rows:
         assert set(row) >= {"backend", "op", "name", "isa", "general", "takes"}
         assert row["takes"]
-        assert row["isa"] in {"cpu": _C.isa_levels(), "cuda": ["sm_80", "sm_89", "sm_90"], "metal": ["apple7"]}[row["backend"]]
+        levels = {"cpu": _C.isa_levels(), "cuda": ["sm_80", "sm_89", "sm_90"], "metal": ["apple7"]}
+        assert row["isa"] in levels[row["backend"]]
     for backend in ("cpu", "cuda", "metal"):
         for op in OPS:
             names = [(row["name"], row["isa"]) for row in rows if (row["backend"], row["op"]) == (backend, op)]

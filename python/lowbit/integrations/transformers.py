@@ -289,6 +289,10 @@ def _onloaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 def register() -> None:
     """Enter LowbitConfig and LowbitQuantizer into Transformers' tables; again, after a reload, in place of the old ones."""
+    # torch notes which functions a device context redirects when it first meets one. Transformers replaces some of them
+    # while it builds a model: noted then, `with torch.device("meta")` would never again mean the real torch.linspace.
+    with torch.device("cpu"):
+        torch.empty(0)
     _enter(_auto.AUTO_QUANTIZATION_CONFIG_MAPPING, LowbitConfig, _auto.register_quantization_config)
     _enter(_auto.AUTO_QUANTIZER_MAPPING, LowbitQuantizer, _auto.register_quantizer)
     _patch(_auto)
