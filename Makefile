@@ -39,7 +39,7 @@ help:
 	@echo "make oracles   what other libraries write and read, recorded again: tests/data/checkpoints"
 	@echo "make bench     times lowbit beside torch and every peer that pip can install; ten minutes, into bench/results"
 	@echo "make bench-ops times every op alone, by pytest-benchmark"
-	@echo "make mutants   whether the tests would notice a missing barrier or bounds check in a CUDA kernel"
+	@echo "make mutants   whether the tests would notice a missing barrier or bounds check in a kernel"
 	@echo "make lint      ruff, mypy and clang-format;  make format applies what can be applied"
 	@echo "make build     environment and lowbit in editable form;  again after a C++ change"
 	@echo "make wheel     dist/: a source distribution, and a wheel built from it"
@@ -73,7 +73,7 @@ bench: build $(STAMPS)/bench
 bench-ops: build $(STAMPS)/bench
 	$(BIN)/python -m pytest bench $(ARGS)
 
-# Leaves out every barrier and bounds check of the CUDA kernels, one at a time: would a test notice?
+# Leaves out every barrier and bounds check of the CUDA and Metal kernels, one at a time: would a test notice?
 #   make mutants ARGS='--sample 10 --seed 3'
 mutants: build
 	PYTHONPATH=tests $(BIN)/python -m emulator.mutants $(ARGS)

@@ -2,10 +2,10 @@
 
 Every call of sync_block, sync_some, sync_warp, cp_async_wait, cp_async_commit, fence_device, and of what ptx_hopper.cuh and
 ptx_wgmma.cuh have of the kind (memory barriers, barriers of clusters, grid_wait; fences, commits and waits of wgmma), is
-left out, one at a time, and every inside(...) taken for true. The short list of problems (short_list.py) must then fail: by
-an error, by other numbers than the reference, by other bits in another order of threads, or under AddressSanitizer. A mutant
-that passes it must stand in survivors.toml with a reason; one that does not, or an entry that is no longer needed, is a
-failure.
+left out, one at a time, and every inside(...) taken for true; in Metal's shaders every barrier and every inside(...). The
+short list of problems (short_list.py, metal/short_list.py) must then fail: by an error, by other numbers than the reference,
+by other bits in another order of threads, or under AddressSanitizer. A mutant that passes it must stand in survivors.toml with
+a reason; one that does not, or an entry that is no longer needed, is a failure.
 
 Mutants are not compiled one by one. All of them are in one library, each behind a switch (mutant.h), and each is run in a
 forked process by those problems alone that reach it. Predicates run under the sanitizers, the rest without, in several orders.
@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib
+import itertools
 import json
 import os
 import random
@@ -31,13 +33,18 @@ from pathlib import Path
 from typing import Any
 
 from . import build
+from .case_list import SANITIZERS, same_bits
 
 SOURCES = build.ROOT / "csrc"
 COPY = build.CACHE / "mutants" / "csrc"
 SURVIVORS = build.HERE / "survivors.toml"
 #: Not kernels, but what they are written in.
-LANGUAGE = {"device.cuh", "ptx.cuh", "ptx_hopper.cuh", "ptx_wgmma.cuh", "launch.cuh"}
-SANITIZERS = "address,undefined"
+LANGUAGE = {"device.cuh", "ptx.cuh", "ptx_hopper.cuh", "ptx_wgmma.cuh", "launch.cuh", "language.h"}
+#: What build.py builds, and the problems that run on it.
+BACKENDS = {
+    "cuda": ("lowbit_emulator", "emulator.short_list"),
+    "metal": ("lowbit_emulator_metal", "emulator.metal.short_list"),
+}
 ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2), ("random", 3))
 
 CALL = re.compile(
@@ -47,6 +54,7 @@ CALL = re.compile(
 )
 #: Calls with arguments.
 BARRIER_CALL = re.compile(r"ptx::(mbarrier_(?:arrive|arrive_remote|expect_tx|wait)|cp_async_mbarrier_arrive)\(")
+METAL_CALL = re.compile(r"\b(threadgroup_barrier|simdgroup_barrier)\(")
 PREDICATE = re.compile(r"(?<!bool )\binside\(")
 
 
@@ -58,6 +66,10 @@ class Mutant:
     code: str  # the line, without indentation
     nth: int  # among equal lines of the file, and among the mutants of one line
     kind: str  # the function that is called
+
+    @property
+    def backend(self) -> str:
+        return Path(self.file).parts[0]
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -83,7 +95,8 @@ def closing(text: str, opening: int) -> int:
 def places(text: str) -> Iterator[tuple[int, int, str]]:
     """Start, end and name of everything in a source file that is to be mutated, outer calls before those inside."""
     found = [(m.start(), m.end(), m.group(1) or m.group(2)) for m in CALL.finditer(text)]
-    found += [(m.start(), closing(text, m.end() - 1), m.group(1)) for m in BARRIER_CALL.finditer(text)]
+    for call in (BARRIER_CALL, METAL_CALL):
+        found += [(m.start(), closing(text, m.end() - 1), m.group(1)) for m in call.finditer(text)]
     found += [(m.start(), closing(text, m.end() - 1), "inside") for m in PREDICATE.finditer(text)]
     for start, end, name in sorted(found):
         line = text[text.rfind("\n", 0, start) + 1 : start]
@@ -117,6 +130,7 @@ def write_copy() -> list[Mutant]:
         relative = source.relative_to(SOURCES)
         text = source.read_text()
         is_kernel = relative.parts[0] == "cuda" and (source.suffix == ".cuh" or "kernels" in relative.parts)
+        is_kernel = is_kernel or relative.parts[:2] == ("metal", "shaders")
         if is_kernel and source.name not in LANGUAGE:
             text, more = instrumented(text, str(relative), len(mutants))
             mutants += more
@@ -142,10 +156,8 @@ def limit(seconds: float) -> None:
     signal.alarm(int(20 * seconds))
 
 
-def run_cases(emulator: Any, cases: dict[str, float], is_sanitized: bool) -> str:
+def run_cases(short_list: Any, emulator: Any, cases: dict[str, float], is_sanitized: bool) -> str:
     """What went wrong, or nothing. The cases come with the seconds that they took without a mutant."""
-    from . import short_list  # needs torch, and LD_PRELOAD where sanitized
-
     for case in short_list.CASES:
         if case.name not in cases:
             continue
@@ -159,7 +171,7 @@ def run_cases(emulator: Any, cases: dict[str, float], is_sanitized: bool) -> str
             except Exception as error:
                 return f"{case.name}, {order}: {type(error).__name__}: {str(error)[:300]}"
             first = outputs if first is None else first
-            if not short_list.same_bits(first, outputs):
+            if not same_bits(first, outputs):
                 return f"{case.name}: other bits in {order} order"
     return ""
 
@@ -184,19 +196,18 @@ def in_child(work: Callable[[], str]) -> str:
     return answer if os.WEXITSTATUS(status) == 0 else f"exit status {os.WEXITSTATUS(status)}"
 
 
-def serve(library: str, is_sanitized: bool, mutants: list[int], cover: list[int]) -> None:
+def serve(backend: str, library: str, is_sanitized: bool, mutants: list[int], cover: list[int]) -> None:
     """Prints a JSON line per case (what it reaches) or per mutant (what became of it).
 
     cover: [k, n] for every n-th case from the k-th on, and what they reach of `mutants`; empty for the mutants' verdicts.
     """
-    from . import short_list
-
+    short_list = importlib.import_module(BACKENDS[backend][1])  # needs torch, and LD_PRELOAD where sanitized
     emulator = short_list.emulator(Path(library))
     library_c = emulator.c
 
     def coverage(name: str) -> str:
         library_c.lowbit_emulator_set_mutant(-1)
-        error = run_cases(emulator, {name: 60.0}, is_sanitized)
+        error = run_cases(short_list, emulator, {name: 60.0}, is_sanitized)
         reached = [m for m in mutants if library_c.lowbit_emulator_reached(m)]
         return json.dumps({"case": name, "error": error, "reached": reached})
 
@@ -212,7 +223,7 @@ def serve(library: str, is_sanitized: bool, mutants: list[int], cover: list[int]
 
     def verdict(mutant: int, cases: dict[str, float]) -> str:
         library_c.lowbit_emulator_set_mutant(mutant)
-        return run_cases(emulator, cases, is_sanitized)
+        return run_cases(short_list, emulator, cases, is_sanitized)
 
     reaches = json.loads(sys.stdin.read())
     for mutant in mutants:
@@ -239,12 +250,13 @@ def worker(is_sanitized: bool, request: dict, stdin: str = "") -> list[dict]:
 # ---- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def find_survivors(mutants: list[Mutant], is_sanitized: bool, jobs: int) -> dict[Mutant, str]:
-    """The mutants that nothing notices, and whether anything reaches them."""
+def find_survivors(backend: str, mutants: list[Mutant], is_sanitized: bool, jobs: int) -> dict[Mutant, str]:
+    """The mutants that nothing notices, all of one backend, and whether anything reaches them."""
     if not mutants:
         return {}
-    library = build.build(sanitize=SANITIZERS if is_sanitized else "", one_format=True, mutants=COPY)
-    base = {"library": str(library), "is_sanitized": is_sanitized}
+    target = BACKENDS[backend][0]
+    library = build.build(target, sanitize=SANITIZERS if is_sanitized else "", one_format=True, mutants=COPY)
+    base = {"backend": backend, "library": str(library), "is_sanitized": is_sanitized}
     ids = [m.place for m in mutants]
     with ThreadPoolExecutor(jobs) as pool:
         shares = [{**base, "mutants": ids, "cover": [k, jobs]} for k in range(jobs)]
@@ -285,6 +297,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="N mutants only, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose file or line holds this text")
+    parser.add_argument("--backend", choices=sorted(BACKENDS), help="of this one only")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--list", action="store_true", help="what would be mutated, and nothing else")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -296,8 +309,8 @@ def main() -> int:
     mutants = write_copy()
     reasons = accepted()
     stale = set(reasons) - {m.key for m in mutants}
-    chosen = [m for m in mutants if given.only in f"{m.file} {m.code}"]
-    is_part = bool(given.only)
+    chosen = [m for m in mutants if given.only in f"{m.file} {m.code}" and given.backend in (None, m.backend)]
+    is_part = bool(given.only or given.backend)
     if given.sample is not None and given.sample < len(chosen):
         chosen = random.Random(given.seed).sample(chosen, given.sample)
         is_part = True
@@ -306,9 +319,9 @@ def main() -> int:
         return 0
     start = time.monotonic()
     survivors: dict[Mutant, str] = {}
-    for is_sanitized in (False, True):
-        part = [m for m in chosen if (m.kind == "inside") == is_sanitized]
-        survivors.update(find_survivors(part, is_sanitized, given.jobs))
+    for backend, is_sanitized in itertools.product(BACKENDS, (False, True)):
+        part = [m for m in chosen if m.backend == backend and (m.kind == "inside") == is_sanitized]
+        survivors.update(find_survivors(backend, part, is_sanitized, given.jobs))
     unknown = [m for m in survivors if m.key not in reasons]
     if not is_part:
         stale |= set(reasons) - {m.key for m in survivors}

@@ -6,17 +6,16 @@ ragged on every side, and tiles are shared among blocks. Each problem checks its
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from . import build
-from .library import ORDERS, Emulator
+from .case_list import Case, Outputs, run_all, same_bits
+from .library import Emulator
 
 sys.path[:0] = [p for p in (str(build.ROOT / "tests"), str(build.ROOT / "tests" / "cuda")) if p not in sys.path]
 
@@ -27,25 +26,10 @@ import test_cuda_a8 as a8  # noqa: E402
 import test_cuda_grad as grad  # noqa: E402
 from reference import Spec  # noqa: E402
 
-Outputs = list[torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    run: Callable[[Emulator], Outputs]  # raises where the results are wrong
-
 
 def emulator(library: Path | None = None) -> Emulator:
     torch.set_num_threads(1)
     return Emulator.load(library)
-
-
-def same_bits(some: Outputs, others: Outputs) -> bool:
-    return len(some) == len(others) and all(
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        for a, b in zip(some, others, strict=True)
-    )
 
 
 # ---- GEMM --------------------------------------------------------------------------------------------------------------
@@ -265,30 +249,5 @@ def all_cases() -> tuple[Case, ...]:
 CASES = all_cases()
 
 
-def main() -> int:
-    """One line per case: "ok", or what went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", type=Path, help="one that build.py has built")
-    parser.add_argument("--order", default="forward", choices=ORDERS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this text")
-    given = parser.parse_args()
-    backend = emulator(given.library)
-    failures = 0
-    for case in CASES:
-        if given.only not in case.name:
-            continue
-        backend.reset()
-        backend.set_order(given.order, given.seed)
-        try:
-            case.run(backend)
-            answer = "ok"
-        except Exception as error:
-            failures += 1
-            answer = f"{type(error).__name__}: {error}"
-        print(f"{case.name}: {answer}", flush=True)
-    return 1 if failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_all(__doc__.splitlines()[0], CASES, emulator))

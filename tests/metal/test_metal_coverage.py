@@ -16,9 +16,8 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(BACKEND != "emulator", reason="only the emulator keeps count")
 def test_every_kernel_was_run(request: pytest.FixtureRequest) -> None:
     here = {item.originalname for item in request.session.items if isinstance(item, pytest.Function)}
-    written = {
-        name for file in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
-    }
+    files = [file for file in HERE.glob("test_*.py") if file.name != "test_metal_sanitized.py"]  # in another process
+    written = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
     if written - here:
         pytest.skip("needs all tests of this folder in one run")
     everything = MetalEmulator.load().kernels()

@@ -137,7 +137,7 @@ inline void write_chunk(thread const ulong (&streams)[4], uint bits, uint positi
   }
 }
 
-// group.x: chunks (and up to 3 behind the last), 256 at a time; group.y: strips.
+// group.x: chunks (and up to 3 behind the last, where load_stream finds zeros), 256 at a time; group.y: strips.
 template <int kOnly>
 [[kernel]] void pack_codes(LOWBIT_CANONICAL_ARGUMENTS, device const uchar* packed [[buffer(6)]],
                            device uchar* w [[buffer(7)]], LOWBIT_POSITION) {
@@ -149,9 +149,8 @@ template <int kOnly>
   ulong streams[4];
   for (int row = 0; row < 4; ++row) {
     const int n = 4 * int(group.y) + row;
-    streams[row] = inside(n, p.N) && inside(chunk, chunks)
-                       ? load_stream(packed + long(n) * long(p.row_bytes), chunk, bits, p)
-                       : 0ul;
+    streams[row] =
+        inside(n, p.N) ? load_stream(packed + long(n) * long(p.row_bytes), chunk, bits, p) : 0ul;
   }
   device uchar* strip = w + long(group.y) * long(p.strip_bytes);
   const uint low = uint(low_bits(format)), high = uint(high_bits(format));
