@@ -37,6 +37,11 @@ LOWBIT_LIBRARY(m) {
       "unpack(Tensor w, int N, int K, int desc) -> (Tensor packed, Tensor scales, Tensor zeros, "
       "Tensor perm, Tensor super_scales, Tensor super_zeros)");
 
+  // Rows of W: out[..., K] = W[indices[...], :], computed in fp32, rounded once to out_dtype. w: of a kernel layout.
+  m.def(
+      "embedding(Tensor indices, Tensor w, int N, int K, int desc, ScalarType out_dtype) -> "
+      "Tensor");
+
   // ---- hot ----
 
   // y[..., N] = x @ W.T + bias in x's dtype, summed in fp32. No autograd formula: it would double the cost of a call.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit import QuantizedLinear, Scheme, quantize_
+from lowbit import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, Scheme, quantize_
 from lowbit.report import format_bytes
 
 
@@ -91,7 +91,7 @@ def test_an_override_reaches_the_output_layer() -> None:
         ({"nothing": None}, "override 'nothing' matches no layer"),
         ({"up": "int8"}, "override 'up' matches no layer"),
         ({"*norm": "int8"}, r"override '\*norm' matches no layer"),
-        ({"embed": "int8"}, "embed: an embedding"),
+        ({"embed": "int8-a8"}, "embed: .*quantizes inputs, and the inputs of an embedding are indices"),
         ({"re:[": None}, "not a regular expression"),
         ({"*.up": "int9"}, "unknown format 'int9'"),
         ({"*.up": "int4-g128"}, "layers.0.up: group_size=128 is larger than K=64"),
@@ -189,6 +189,35 @@ def test_tied_weights_stay_tied_and_are_reported() -> None:
     assert [(s.name, s.reason) for s in report.skipped] == [("embed.weight", "an embedding")]
     with pytest.raises(ValueError, match=r"lm_head: tied to embed\.weight"):
         quantize_(Model(tie=True), "int8", overrides={"lm_head": "int8"})
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_an_embedding_that_an_override_names(tie: bool) -> None:
+    model, ids = Model(tie=tie), torch.tensor([[1, 2, 3]])
+    before = model.embed.weight.detach().clone()
+    report = quantize_(model, "int4-g32", overrides={"embed": "int8-g32"})
+    weight = QuantizedWeight.quantize(before, "int8-g32")
+    assert isinstance(model.embed, QuantizedEmbedding) and model.embed.quantized_weight() == weight
+    assert torch.equal(model.embed(ids), weight.dequantize()[ids])
+    line = next(line for line in report.layers if line.name == "embed")
+    assert line.shape == tuple(before.shape) and 0 < line.relative_error < 0.01
+    if tie:
+        assert isinstance(model.lm_head, QuantizedLinear) and model.lm_head.weight is model.embed.weight
+        assert report.bytes_after == sum(p.nbytes for p in model.parameters())  # each Parameter once
+    else:
+        assert type(model.lm_head) is nn.Linear
+    assert bool(model(ids).isfinite().all())
+    plain = Model()
+    quantize_(plain, "int4-g32", overrides={"*": "int8"})
+    assert type(plain.embed) is nn.Embedding  # a pattern has to name it
+
+
+def test_an_embedding_that_something_else_shares() -> None:
+    model = Model()
+    model.other = nn.Embedding(*model.embed.weight.shape)
+    model.other.weight = model.embed.weight
+    with pytest.raises(ValueError, match=r"embed: its weight is tied to that of a module which is no nn\.Linear"):
+        quantize_(model, "int4-g32", overrides={"embed": "int8"})
 
 
 def test_two_layers_that_share_a_weight_are_left_alone() -> None:

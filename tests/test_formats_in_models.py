@@ -55,5 +55,6 @@ def test_a_model_runs_on_what_was_loaded(name: str) -> None:
         assert bool(((linear(x) - x @ weight.T).abs() <= bound).all()), path_of
     for path_of in records.keys() - linears.keys():
         embedding = report.model.get_submodule(path_of)
-        assert isinstance(embedding, nn.Embedding)
-        assert torch.equal(embedding.weight.float(), records[path_of].dequantize().to(embedding.weight.dtype).float())
+        assert isinstance(embedding, lowbit.QuantizedEmbedding)
+        want = records[path_of].dequantize().to(embedding.dtype)
+        assert torch.equal(embedding(torch.arange(len(want))), want)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lowbit
 from checkpoints import DATA, Layer, ct_config, ct_packed, gptq, gptq_config, named, write
-from lowbit import ArtifactError, QuantizedLinear, load_checkpoint
+from lowbit import ArtifactError, QuantizedEmbedding, QuantizedLinear, load_checkpoint
 
 HIDDEN, INNER = 64, 96
 
@@ -202,7 +202,8 @@ def test_gpt2_keeps_weights_transposed(tmp_path: Path) -> None:
     assert report.model is not None and isinstance(report.model.get_submodule("fc"), QuantizedLinear)
 
 
-def test_an_embedding_is_dequantized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", ["out", "nothing", "another embedding"])
+def test_a_quantized_embedding(shared: str, tmp_path: Path) -> None:
     layer = Layer(8, N=11, K=HIDDEN, group_size=32, symmetric=True)
     fc = Layer(8, N=INNER, K=HIDDEN, group_size=32)
     given = {**named("embed", ct_packed(layer)), **named("fc", ct_packed(fc)), "norm.weight": torch.ones(2).bfloat16()}
@@ -211,14 +212,38 @@ def test_an_embedding_is_dequantized(tmp_path: Path) -> None:
         model = nn.ModuleDict({"embed": nn.Embedding(11, HIDDEN), "fc": nn.Linear(HIDDEN, INNER, False)})
         model["norm"] = nn.RMSNorm(2)
         model["out"] = nn.Linear(HIDDEN, 11, False)
-        model["out"].weight = model["embed"].weight
+        if shared == "out":
+            model["out"].weight = model["embed"].weight
+        if shared == "another embedding":
+            model["out"] = nn.Embedding(11, HIDDEN)
+            model["out"].weight = model["embed"].weight
         return model
 
+    if shared == "nothing":
+        given["out.weight"] = torch.randn(11, HIDDEN).bfloat16()
     report = load_checkpoint(write(tmp_path, given, ct_config(layer)), make)
-    model = report.model
-    assert isinstance(model, nn.ModuleDict) and model["out"].weight is model["embed"].weight
-    assert torch.equal(model["embed"].weight, torch.from_numpy(layer.W).bfloat16())
-    assert {line.name: line.scheme for line in report.layers} == {"embed": "dequantized", "fc": "int8-g32-asym-fp16"}
+    model, want = report.model, torch.from_numpy(layer.W).bfloat16()
+    assert isinstance(model, nn.ModuleDict)
+    assert torch.equal(model["embed"](torch.arange(11)), want)
+    schemes = {line.name: line.scheme for line in report.layers}
+    if shared == "another embedding":
+        assert model["out"].weight is model["embed"].weight and torch.equal(model["embed"].weight, want)
+        assert schemes["embed"] == "dequantized"
+        return
+    assert schemes == {"embed": "int8-g32-fp16", "fc": "int8-g32-asym-fp16"}
+    assert isinstance(model["embed"], QuantizedEmbedding)
+    if shared == "nothing":
+        assert type(model["out"]) is nn.Linear
+        return
+    assert model["out"].weight is model["embed"].weight and isinstance(model["out"], QuantizedLinear)
+    x = torch.randn(2, HIDDEN)
+    torch.testing.assert_close(model["out"](x), x @ torch.from_numpy(layer.W).T, rtol=1e-4, atol=1e-3)
+    lowbit.save_quantized(model, tmp_path / "artifact")
+    again = lowbit.load_quantized(make, tmp_path / "artifact")
+    assert isinstance(again, nn.ModuleDict) and again["out"].weight is again["embed"].weight
+    assert torch.equal(again["out"](x), model["out"](x)) and again["embed"].dtype == torch.float32
+    stored = sum(path.stat().st_size for path in (tmp_path / "artifact").glob("*.safetensors"))
+    assert stored < model["embed"].weight.nbytes + model["fc"].weight.nbytes + 4000
 
 
 def test_inputs_and_pre_scales_reach_the_modules(tmp_path: Path) -> None:

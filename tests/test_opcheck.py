@@ -49,6 +49,14 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "dequantize_out", name, (*canonical, desc(scaled), torch.empty(n, k), *weight.supers)
         yield "pack", name, (*canonical, cpu_desc(scaled), *weight.supers)
         yield "unpack", name, (pack(weight), n, k, cpu_desc(scaled))
+    for kind, dtype, perm in (
+        ("int4", torch.float32, False),
+        ("nf4", torch.bfloat16, True),
+        ("int3-offset", torch.float16, False),
+    ):
+        rows = torch.tensor([[3, 0, N - 1]], dtype=torch.int32 if perm else torch.int64)
+        spec = _spec(kind, perm)
+        yield "embedding", kind, (rows, packed(spec, N, K), N, K, cpu_desc(spec), dtype)
     yield "quantize", "nvfp4", (random_x(N, 64), desc(SCALED["nvfp4"][0]), True, None, torch.ones(1))
     for op in ("gemm", "linear"):
         yield op, "int4-fp32-bias", _gemm_args("int4", torch.float32, True)

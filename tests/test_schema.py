@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit import _C, Scheme, _ops_a8, _ops_weight, ops
+from lowbit import _C, Scheme, _ops_a8, _ops_embedding, _ops_weight, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 WRAPPERS = [name for name in dir(ops) if name in ops.__all__]
@@ -23,7 +23,7 @@ def _registered() -> set[str]:
 
 
 def _order_in_python() -> list[str]:
-    source = "".join(inspect.getsource(module) for module in (_ops_weight, ops, _ops_a8))
+    source = "".join(inspect.getsource(module) for module in (_ops_weight, _ops_embedding, ops, _ops_a8))
     return [name for name in re.findall(r"^def (\w+)\(", source, re.M) if name in ops.__all__]
 
 

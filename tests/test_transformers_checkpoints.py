@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lowbit
 from checkpoints import DATA, Layer, gptq, gptq_config, named, stream
 from hf import config, greedy, ids, load, logits, same_state, save, store, transformers
-from lowbit import ArtifactError, QuantizedLinear, formats
+from lowbit import ArtifactError, QuantizedEmbedding, QuantizedLinear, formats
 
 # Committed folders, which hold one or two layers of a Llama that the peer's own code wrote; weights only, then with inputs.
 WEIGHTS = ["gptq-v1-sym", "gptq-v2-asym-act-order", "awq-gemm", "ct-w4a16", "ct-w4a16-asym", "bitsandbytes-nf4"]
@@ -151,7 +151,7 @@ def test_a_quantized_output_layer_of_a_model_that_ties_it(tmp_path: Path) -> Non
 
 
 def test_a_quantized_embedding_that_the_output_layer_is_tied_to(tmp_path: Path) -> None:
-    """MLX quantizes embeddings; they become dense, and the output layer shares them."""
+    """MLX quantizes embeddings; the output layer shares the packed weight, saved once and tied again."""
     folder = save(tmp_path, tie_word_embeddings=True)
     tensors = load_file(folder / "model.safetensors")
     embedding = Layer(4, *tensors.pop("model.embed_tokens.weight").shape, 32, symmetric=True)
@@ -164,9 +164,38 @@ def test_a_quantized_embedding_that_the_output_layer_is_tied_to(tmp_path: Path) 
     about = json.loads((folder / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": 32}}
     (folder / "config.json").write_text(json.dumps(about | {"quantization_config": about["quantization"]}))
     model = run(folder, dtype=torch.float32)
-    assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(embedding.W))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    quantized, dense = model.model.embed_tokens, torch.from_numpy(embedding.W)
+    assert isinstance(quantized, QuantizedEmbedding) and isinstance(model.lm_head, QuantizedLinear)
+    assert torch.equal(quantized(torch.arange(len(dense))), dense)
+    assert model.lm_head.weight is quantized.weight
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    plain = copy.deepcopy(model).dequantize()
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight and torch.equal(plain.lm_head.weight, dense)
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+    assert torch.equal(greedy(plain), greedy(model))
+    model.save_pretrained(tmp_path / "saved")
+    assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if name.startswith("lm_head")]
+    again = load(tmp_path / "saved")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_embeddings_that_are_quantized_on_load(tmp_path: Path) -> None:
+    for tie in (False, True):
+        folder = save(tmp_path / str(tie), tie_word_embeddings=tie)
+        asked = lowbit.LowbitConfig("int4-g32", overrides={"*.embed_tokens": "int8-g32"})
+        model = load(folder, quantization_config=asked, dtype=torch.float32)
+        assert isinstance(model.model.embed_tokens, QuantizedEmbedding)
+        assert (type(model.lm_head) is nn.Linear) == (not tie)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+        reference = load(folder)
+        lowbit.quantize_(reference, "int4-g32", overrides={"*.embed_tokens": "int8-g32"})
+        assert torch.equal(logits(reference), logits(model))
+        for one in (model, reference):
+            one.save_pretrained(tmp_path / "saved")
+            again = load(tmp_path / "saved")
+            assert torch.equal(logits(again), logits(model))
+            assert (again.lm_head.weight is again.model.embed_tokens.weight) == tie
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from lowbit._selection import can_implement, explain
 from lowbit.comparison import compare_checkpoints
 from lowbit.conversion import convert_checkpoint
 from lowbit.convert import quantize_
+from lowbit.embedding import QuantizedEmbedding
 from lowbit.errors import ArtifactError, FormatError
 from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.formats import load_checkpoint, load_gguf
@@ -39,6 +40,7 @@ __all__ = [
     "ArtifactError",
     "ExpertWeights",
     "FormatError",
+    "QuantizedEmbedding",
     "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedWeight",

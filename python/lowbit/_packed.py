@@ -58,6 +58,7 @@ class PackedModule(nn.Module):
     _needed: ClassVar[tuple[str, ...]] = ()
 
     weight: nn.Parameter
+    _tied: list[PackedModule]
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class PackedModule(nn.Module):
         self.has_perm = has_perm
         self.flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
         self._shape = tuple(shape)
+        self.__dict__["_tied"] = []  # modules with the same weight; not submodules of this one
         self._empty_weight(torch.empty(0, device=device).device)  # follows `with torch.device(...)` too
 
     # -- the weight in memory -------------------------------------------------------------------------------------------
@@ -91,6 +93,38 @@ class PackedModule(nn.Module):
         self.weight = frozen(torch.empty((*experts, size), dtype=torch.uint8, device=device))
 
     def _set_weight(self, weight: Any, device: torch.device) -> None:
+        self._replace_weight(weight, device)
+        self._share()
+
+    def _share(self) -> None:
+        """Give the modules that are tied to this one the very same Parameter, in the same layout."""
+        for other in self._tied:
+            other.has_perm = self.has_perm
+            other._set_layout(self.layout)
+            other.weight = self.weight
+
+    def tie(self, other: PackedModule) -> None:
+        """Share one weight with another module, now and wherever it is moved or repacked: an embedding and an output layer.
+
+        Args:
+            other: takes this module's weight; of the same scheme and shape.
+
+        Raises:
+            ValueError: scheme or shape differ.
+
+        Example:
+            >>> model.embed_tokens.tie(model.lm_head)
+        """
+        if not other.scheme.same_storage(self.scheme) or other._shape != self._shape:
+            raise ValueError(
+                f"cannot tie a weight {self.scheme} {list(self._shape)} to one of {other.scheme} {list(other._shape)}"
+            )
+        group = [*self._tied, self, other]
+        for module in group:
+            module.__dict__["_tied"] = [one for one in group if one is not module]
+        self._share()
+
+    def _replace_weight(self, weight: Any, device: torch.device) -> None:
         if weight.is_meta:
             self.has_perm = weight.has_perm
             self._empty_weight(weight.device)
@@ -150,6 +184,9 @@ class PackedModule(nn.Module):
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.weight.is_meta:
             self._empty_weight(self.weight.device)  # to_empty(): the bytes mean nothing
+        for other in self._tied:  # which may have been replaced, not changed in place
+            other._parameters["weight"] = self._parameters["weight"]
+        if was_meta and self.layout == _CANONICAL:
             return self
         moved = self.layout != _CANONICAL and self.weight.device.type != before.type
         # Without kernels there (or on the meta device) the bytes keep their layout, and are valid again when back.

@@ -7,7 +7,15 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ExpertsParameter", "experts_at", "experts_parameters", "features", "replace_module"]
+__all__ = [
+    "ExpertsParameter",
+    "embeds",
+    "experts_at",
+    "experts_parameters",
+    "features",
+    "replace_module",
+    "tied_linears",
+]
 
 # What Transformers calls the weights of experts, in the order that they are applied.
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -83,6 +91,24 @@ def _experts(module: nn.Module, name: str) -> ExpertsParameter | None:
         return None
     transposed = getattr(module, "is_transposed", None)
     return ExpertsParameter(module, name, transposed) if isinstance(transposed, bool) else None
+
+
+def embeds(module: nn.Module) -> bool:
+    """Whether a module is an nn.Embedding that does nothing but gather rows."""
+    plain = type(module) is nn.Embedding
+    return plain and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
+
+
+def tied_linears(model: nn.Module, embedding: nn.Embedding) -> list[str] | None:
+    """Paths of the output layers (nn.Linear) that share an embedding's weight; None where something else shares it."""
+    found = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module is embedding or all(p is not embedding.weight for p in module._parameters.values()):
+            continue
+        if type(module) is not nn.Linear:
+            return None
+        found.append(path)
+    return found
 
 
 def features(shape: tuple[int, ...]) -> str:

@@ -6,15 +6,16 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lowbit._canonical import check_dense, check_importance
 from lowbit._packed import PackedModule
-from lowbit._places import ExpertsParameter, experts_parameters, replace_module
+from lowbit._places import ExpertsParameter, experts_parameters, replace_module, tied_linears
 from lowbit._progress import progress_bar
+from lowbit.embedding import QuantizedEmbedding, check_embedding
 from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.integrations import announce
 from lowbit.linear import QuantizedLinear
@@ -31,13 +32,31 @@ _OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "output_projection"})
 _ERROR_CHUNK = 1 << 20  # elements: 4 MB in fp32, so that the passes over them stay in cache
 
 Filter = Callable[[str, nn.Linear], bool]
-_Target = nn.Linear | ExpertsParameter  # what becomes a quantized layer
+_Target = nn.Linear | nn.Embedding | ExpertsParameter  # what becomes a quantized layer
 
 
 @dataclasses.dataclass
 class _Plan:
     schemes: dict[str, Scheme] = dataclasses.field(default_factory=dict)  # path -> what it becomes
     reasons: dict[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)  # path -> why not, chosen
+    tied: dict[str, list[str]] = dataclasses.field(
+        default_factory=dict
+    )  # embedding -> output layers that share its weight
+
+    def embed(self, model: nn.Module, name: str, module: nn.Embedding, scheme: Scheme) -> None:
+        """Quantize an embedding, and with it the output layers that share its weight."""
+        try:
+            check_embedding(module, scheme)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        linears = tied_linears(model, module)
+        if linears is None:
+            raise ValueError(f"{name}: its weight is tied to that of a module which is no nn.Linear")
+        self.schemes[name] = scheme
+        self.tied[name] = linears
+        for path in linears:
+            self.schemes.pop(path, None)
+            self.reasons[path] = (f"shares the weight of {name}", True)
 
 
 def quantize_(
@@ -56,7 +75,8 @@ def quantize_(
     get_output_embeddings()), layers whose weight is tied to another module's, subclasses of nn.Linear, and what
     `filter_fn` or `overrides` exclude. Where a Transformers model keeps the weights of a mixture's experts in a Parameter
     [E, N, K], that becomes a `QuantizedExperts`; it is a layer by the Parameter's name. Everything is checked before the
-    first layer is changed. Dense weights are freed one by one, so the peak is about one layer above the model.
+    first layer is changed. Dense weights are freed one by one, so the peak is about one layer above the model. An
+    nn.Embedding becomes a `QuantizedEmbedding` where an override names it, and a tied output layer then shares its weight.
 
     Args:
         model: its linear weights are fp32, bf16 or fp16. If it is itself an nn.Linear, put it into a module first.
@@ -66,7 +86,8 @@ def quantize_(
         overrides: pattern -> Scheme, string, or None to leave alone; the first pattern that matches a name decides.
             Patterns are shell globs ("*.down_proj") or, after "re:", regular expressions, for the whole name. An
             override with a scheme also quantizes output layers. Experts are matched by the name of their Parameter
-            ("model.layers.0.mlp.experts.down_proj") and by that of the module around it.
+            ("model.layers.0.mlp.experts.down_proj") and by that of the module around it. An embedding is quantized by a
+            pattern that ends with its own name ("*.embed_tokens").
         strict: raise if a Parameter of 1 MB or more would be left unquantized without an override or filter_fn
             having asked for it.
         progress: show a progress bar; by default on a terminal, when the work is long.
@@ -112,10 +133,14 @@ def _plan(
     outputs = _output_layers(model)
     plan = _Plan()
     for name, module in owned.items():
+        if name in plan.reasons:  # an output layer that goes with its embedding
+            continue
         known = (name, name.rpartition(".")[0]) if isinstance(module, ExpertsParameter) else (name,)
         pattern = next((p for p, match in matchers.items() if any(map(match, known))), None)
         if pattern is not None and chosen[pattern] is None:
             plan.reasons[name] = (f"override {pattern!r} is None", True)
+        elif pattern is not None and isinstance(module, nn.Embedding) and _asks_for(pattern, name):
+            plan.embed(model, name, module, chosen[pattern] or scheme)
         elif reason := _unsuited(name, module, tied):
             if pattern is not None and pattern == name:
                 raise ValueError(f"override {pattern!r} asks for {chosen[pattern]}, but {name}: {reason}")
@@ -154,8 +179,14 @@ def _targets(model: nn.Module, plan: _Plan) -> dict[str, _Target]:
     found: dict[str, _Target] = {}
     for name in plan.schemes:
         module = owned[name]
-        found[name] = module if isinstance(module, ExpertsParameter) else _linear(module)
+        special = isinstance(module, ExpertsParameter | nn.Embedding)
+        found[name] = module if special else _linear(module)  # type: ignore[assignment, arg-type]
     return found
+
+
+def _asks_for(pattern: str, name: str) -> bool:
+    """Whether an override names an embedding: by the last part of its path, so that "*" does not."""
+    return pattern.rpartition(".")[2] == name.rpartition(".")[2]
 
 
 def _matcher(pattern: str) -> Callable[[str], object]:
@@ -180,7 +211,7 @@ def _check_overrides(
         found += [n for n, m in owned.items() if isinstance(m, ExpertsParameter) and match(n.rpartition(".")[0])]
         # A scheme is for linear layers; None may name anything that holds parameters.
         if chosen[pattern] is not None:
-            found = [name for name in found if isinstance(owned[name], linear)] or (
+            found = [name for name in found if isinstance(owned[name], linear) or _asks_for(pattern, name)] or (
                 [pattern] if pattern in owned else []  # named exactly: the planner says why it cannot be done
             )
         if not found:
@@ -232,7 +263,7 @@ def _check(
     model: nn.Module, plan: _Plan, targets: Mapping[str, _Target], importance: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Every layer against its scheme, before any is touched; returns importance by layer, checked."""
-    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | PackedModule)}
+    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | PackedModule)} | targets.keys()
     if unknown := sorted(importance.keys() - layers - experts_parameters(model).keys()):
         raise ValueError(f"importance names {', '.join(unknown[:5])}, which are not linear layers of the model")
     columns = {}
@@ -255,7 +286,7 @@ def _columns(target: _Target, importance: Tensor) -> Tensor:
         E, _, K = target.shape
         rows = importance if importance.dim() == 2 and len(importance) == E else importance.expand(E, -1)
         return torch.stack([check_importance(row, K) for row in rows])
-    return check_importance(importance, target.in_features)
+    return check_importance(importance, target.weight.shape[1])
 
 
 def _skipped(model: nn.Module, plan: _Plan) -> list[SkippedParameter]:
@@ -300,17 +331,29 @@ def _convert_all(
             new, report = _convert(name, target, scheme, columns.get(name))
             for path in paths.get(id(target), [name]):
                 replace_module(model, path, new)
+            share(model, new, plan.tied.get(name, ()))
             reports.append(report)
             advance(name, report.bytes_before)
             del target  # the last reference: the dense weight is freed before the next layer
     return reports
 
 
-def _convert(
-    name: str, target: _Target, scheme: Scheme, importance: Tensor | None
-) -> tuple[QuantizedLinear | QuantizedExperts, LayerReport]:
+def share(model: nn.Module, embedding: nn.Module, paths: Sequence[str]) -> None:
+    """Replace output layers by ones that share an embedding's weight."""
+    for path in paths:
+        assert isinstance(embedding, QuantizedEmbedding)
+        replace_module(model, path, embedding.output_layer(_linear(model.get_submodule(path))))
+
+
+def _convert(name: str, target: _Target, scheme: Scheme, importance: Tensor | None) -> tuple[PackedModule, LayerReport]:
     if isinstance(target, ExpertsParameter):
         return _convert_experts(name, target, scheme, importance)
+    if isinstance(target, nn.Embedding):
+        weight = target.weight.detach()
+        made = QuantizedEmbedding.from_embedding(target, scheme, importance=importance)
+        error = _relative_error(weight, made.quantized_weight())
+        shape = (target.num_embeddings, target.embedding_dim)
+        return made, LayerReport(name, str(scheme), shape, weight.nbytes, made.weight.nbytes, error)
     return _convert_linear(name, target, scheme, importance)
 
 

@@ -1,5 +1,5 @@
 """Every op of the `lowbit` namespace: wrapper, documentation, fake kernel and autograd; the canonical ones in _ops_weight.py,
-those with 8-bit inputs in _ops_a8.py.
+the one that gathers rows in _ops_embedding.py, those with 8-bit inputs in _ops_a8.py.
 
 The terms: W[N, K] is the weight, x[..., K] its input, y = x @ W.T + bias. Weights are *canonical* (packed, scales,
 zeros, perm: what files hold) or in a *kernel layout* (one opaque uint8 tensor, made by `pack`). `desc` is the int that
@@ -35,11 +35,13 @@ from lowbit._checks import (
     refuse_grad,
 )
 from lowbit._ops_a8 import gemm_a8, gemm_a8_out, quantize_activation, quantize_activation_out
+from lowbit._ops_embedding import embedding
 from lowbit._ops_weight import dequantize, dequantize_out, pack, quantize, unpack
 
 __all__ = [
     "dequantize",
     "dequantize_out",
+    "embedding",
     "gemm",
     "gemm_a8",
     "gemm_a8_out",

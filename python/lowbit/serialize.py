@@ -14,9 +14,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from lowbit import _artifact
 from lowbit._artifact import Item, Layer, Manifest
 from lowbit._packed import PackedModule
-from lowbit._places import ExpertsParameter, experts_at, experts_parameters, features, replace_module
+from lowbit._places import ExpertsParameter, embeds, experts_at, experts_parameters, features, replace_module
 from lowbit._progress import progress_bar
 from lowbit._safetensors import dtype_name
+from lowbit.embedding import QuantizedEmbedding
 from lowbit.errors import ArtifactError
 from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.integrations import announce
@@ -104,11 +105,12 @@ def _collect(model: nn.Module) -> tuple[list[Item], dict[str, Layer], dict[str, 
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{path or 'the model'}: {type(module).__name__} keeps state that is not a tensor")
-        if isinstance(module, QuantizedLinear | QuantizedExperts):
-            if id(module) in first_layer:
-                layer_aliases[path] = first_layer[id(module)]
+        if isinstance(module, PackedModule):
+            # By the weight: an output layer may share that of an embedding.
+            if id(module.weight) in first_layer:
+                layer_aliases[path] = first_layer[id(module.weight)]
             else:
-                first_layer[id(module)] = path
+                first_layer[id(module.weight)] = path
                 items.append(_collect_layer(path, module, layers))
         for name, tensor, kind in _tensors(module):
             full = _join(path, name)
@@ -123,7 +125,7 @@ def _collect(model: nn.Module) -> tuple[list[Item], dict[str, Layer], dict[str, 
     return items, layers, aliases, layer_aliases
 
 
-def _collect_layer(path: str, module: QuantizedLinear | QuantizedExperts, layers: dict[str, Layer]) -> Item:
+def _collect_layer(path: str, module: PackedModule, layers: dict[str, Layer]) -> Item:
     if not path:
         raise ValueError(
             f"the model is itself a {type(module).__name__}: save its quantized_weight() with QuantizedWeight.save, or put "
@@ -133,7 +135,7 @@ def _collect_layer(path: str, module: QuantizedLinear | QuantizedExperts, layers
         raise ValueError(f"{path}: the quantized weight was never loaded")
     layer = Layer(module.scheme, module._shape, module.has_perm)
     layers[path] = layer
-    return _artifact.layer_item(path, layer, module.quantized_weight)
+    return _artifact.layer_item(path, layer, module._canonical_weight)
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------------
@@ -175,10 +177,11 @@ def load_quantized(
         tensors = _artifact.read_tensors(manifest, advance)
     wanted = None if device is None else torch.device(device)
     layers = {path: _make_layer(model, path, manifest, tensors, wanted) for path in manifest.layers}
+    twins = _make_twins(model, replaced, layers)
     values = _make_values(model, targets, tensors, wanted)
     # Nothing below can fail.
     for path, target in replaced.items():
-        replace_module(model, path, layers[target])
+        replace_module(model, path, twins.get(path) or layers[target])
     for path, name, source in targets:
         module, value = model.get_submodule(path), values[source]
         if isinstance(value, nn.Parameter):
@@ -259,7 +262,9 @@ def _shape(module: nn.Module | ExpertsParameter) -> tuple[int, ...] | None:
         return module.shape
     if isinstance(module, nn.Linear | QuantizedLinear):
         return module.out_features, module.in_features
-    return module._shape if isinstance(module, QuantizedExperts) else None
+    if isinstance(module, nn.Embedding):
+        return (module.num_embeddings, module.embedding_dim) if embeds(module) else None
+    return module._shape if isinstance(module, PackedModule) else None
 
 
 def _resolve(manifest: Manifest, name: str) -> str | None:
@@ -277,7 +282,7 @@ def _fit_tensors(model: nn.Module, manifest: Manifest, replaced: Mapping[str, st
     by_tensor: dict[int, str] = {}  # a tensor of the model -> what is stored for it, under any of its names
     for path, module in model.named_modules(remove_duplicate=False):
         if path in replaced:
-            if isinstance(module, QuantizedExperts):
+            if not isinstance(module, nn.Linear | QuantizedLinear):
                 continue
             if (_resolve(manifest, _join(replaced[path], "bias")) is None) != (module.bias is None):
                 raise ArtifactError(f"{where}: layer {path!r} is stored {'with' if module.bias is None else 'without'} a "
@@ -320,7 +325,7 @@ def _device(tensor: Tensor, device: torch.device | None) -> torch.device:
 
 def _make_layer(
     model: nn.Module, path: str, manifest: Manifest, tensors: dict[str, Tensor], device: torch.device | None
-) -> QuantizedLinear | QuantizedExperts:
+) -> PackedModule:
     layer = manifest.layers[path]
     old = experts_at(model, path) or model.get_submodule(path)
     weight = old.parameter if isinstance(old, ExpertsParameter) else old.weight
@@ -332,17 +337,34 @@ def _make_layer(
     sources = {name: _resolve(manifest, _join(path, name)) for name in _LAYER_TENSORS}
     rest = {name: tensors[source].to(device) for name, source in sources.items() if source is not None}
     invariant = isinstance(old, PackedModule) and bool(old.flags)
-    made: QuantizedLinear | QuantizedExperts
+    made: PackedModule
     try:
         if len(layer.shape) == 3:
             experts = ExpertWeights.from_tensors(parts, layer.scheme, layer.shape).to(device)
             made = QuantizedExperts.from_weight(experts, batch_invariant=invariant)
         else:
             linear = QuantizedWeight.from_tensors(parts, layer.scheme, layer.shape).to(device)
-            made = QuantizedLinear.from_weight(linear, batch_invariant=invariant, **rest)
+            if isinstance(old, nn.Embedding | QuantizedEmbedding):
+                dtype = old.weight.dtype if isinstance(old, nn.Embedding) else old.dtype
+                made = QuantizedEmbedding.from_weight(linear, dtype=dtype, padding_idx=old.padding_idx)
+            else:
+                made = QuantizedLinear.from_weight(linear, batch_invariant=invariant, **rest)
     except (ValueError, RuntimeError) as error:
         raise ArtifactError(f"{manifest.directory}: layer {path!r}: {error}") from None
     return made.train((old.owner if isinstance(old, ExpertsParameter) else old).training)
+
+
+def _make_twins(
+    model: nn.Module, replaced: Mapping[str, str], layers: Mapping[str, PackedModule]
+) -> dict[str, PackedModule]:
+    """Output layers that share the weight of an embedding, where the model has one of each."""
+    twins: dict[str, PackedModule] = {}
+    for path, target in replaced.items():
+        made = layers[target]
+        old = None if path == target else model.get_submodule(path)
+        if isinstance(made, QuantizedEmbedding) and isinstance(old, nn.Linear | QuantizedLinear):
+            twins[path] = made.output_layer(old)
+    return twins
 
 
 def _make_values(

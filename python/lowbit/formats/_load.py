@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit._packed import PackedModule
-from lowbit._places import experts_at, features, replace_module
+from lowbit._places import embeds, experts_at, features, replace_module, tied_linears
 from lowbit._progress import progress_bar
+from lowbit.embedding import QuantizedEmbedding
 from lowbit.errors import ArtifactError
 from lowbit.experts import QuantizedExperts
 from lowbit.formats._experts import join, known_groups
@@ -35,7 +36,8 @@ class LoadedLayer:
 
     Args:
         name: its path in the model.
-        scheme: as a string; "dequantized" for an embedding, which is stored dense.
+        scheme: as a string; "dequantized" where the model's embedding is one that does more than to gather rows, or shares its
+            weight with something else than an output layer: that is stored dense.
         shape: (N, K), or (E, N, K) of experts.
         nbytes: of the weight in memory.
     """
@@ -70,9 +72,7 @@ class CheckpointReport:
     unused: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
     model: nn.Module | None = dataclasses.field(default=None, repr=False)
-    contents: Mapping[str, QuantizedLinear | QuantizedExperts | Tensor] = dataclasses.field(
-        default_factory=dict, repr=False
-    )
+    contents: Mapping[str, PackedModule | Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but model and contents, as plain JSON values."""
@@ -210,7 +210,7 @@ class _Contents:
     def __init__(self, plan: Plan, fit: _Fit | None, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.plan, self.fit, self.device, self.dtype = plan, fit, device, dtype
         self.common = dtype or _common_dtype(plan)
-        self.made: dict[str, QuantizedLinear | QuantizedExperts | Tensor] = {}
+        self.made: dict[str, PackedModule | Tensor] = {}
         self.layers: list[LoadedLayer] = []
 
     def read(self, names: Mapping[str, str], progress: bool | None) -> None:
@@ -229,7 +229,7 @@ class _Contents:
                     self.layers.append(LoadedLayer(new, scheme, layers[name].shape, nbytes))
                 advance(new, layers[name].nbytes if name in layers else tensors[name].nbytes)
 
-    def _one(self, name: str, new: str) -> QuantizedLinear | QuantizedExperts | Tensor:
+    def _one(self, name: str, new: str) -> PackedModule | Tensor:
         """A layer as a module, or as a dense tensor where an embedding wants it; or a tensor."""
         device = self.device if self.fit is None else self.fit.device(new, self.device)
         record = self.plan.read(name)
@@ -241,6 +241,10 @@ class _Contents:
                 return ExpertsRecord(experts).experts()
             if self.fit is not None and new in self.fit.dense:
                 return record.weight.dequantize(self.common or torch.float32).to(device=device)
+            if self.fit is not None and new in self.fit.embeddings:
+                weight = record.weight if device is None else record.weight.to(device)
+                padding = self.fit.embeddings[new].padding_idx
+                return QuantizedEmbedding.from_weight(weight, dtype=self.common or torch.float32, padding_idx=padding)
             weight, bias = record.weight, record.bias
             if bias is not None and bias.dtype != self.common:
                 bias = bias.to(self.dtype or torch.float32)
@@ -279,7 +283,8 @@ class _Fit:
 
     Attributes:
         used: names (in the model) of layers and tensors that have a place.
-        dense: layers whose place is an embedding.
+        embeddings: layers whose place is an embedding; tied: path of an output layer that shares one's weight -> layer.
+        dense: layers whose place is an embedding that cannot be quantized.
         unused: name of a tensor or layer -> why nothing takes it.
         missing: tensors of the model that nothing is stored for.
     """
@@ -292,6 +297,8 @@ class _Fit:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.used: set[str] = set()
         self.dense: set[str] = set()
+        self.embeddings: dict[str, nn.Embedding | QuantizedEmbedding] = {}
+        self.tied: dict[str, str] = {}
         self.unused: dict[str, str] = {}
         self.missing: list[str] = []
         self.replaced: dict[str, str] = {}  # path in the model -> layer
@@ -320,11 +327,21 @@ class _Fit:
             if shape != layer.shape:
                 raise self.fail(f"layer {name!r} is {features(layer.shape)}, the model's is {features(shape)}")
             self.used.add(name)
-            if isinstance(module, nn.Embedding):
+            if isinstance(module, nn.Embedding | QuantizedEmbedding) and not self._fit_embedding(name, module):
                 self.dense.add(name)
                 continue
             for path in paths[id(module)]:  # a module at several paths stays one module
                 self.replaced.setdefault(path, name)
+
+    def _fit_embedding(self, name: str, module: nn.Embedding | QuantizedEmbedding) -> bool:
+        """Whether a quantized embedding can stand there, and with it the output layers that share its weight."""
+        if isinstance(module, nn.Embedding):
+            linears = tied_linears(self.model, module) if embeds(module) else None
+            if linears is None:
+                return False
+            self.tied |= {path: name for path in linears if path not in self.layers}
+        self.embeddings[name] = module
+        return True
 
     def _fit_experts(self, name: str, shape: tuple[int, ...]) -> None:
         found = _experts_shape(self.model, name)
@@ -339,7 +356,11 @@ class _Fit:
     def _fit_tensors(self) -> None:
         stored = dict.fromkeys(self.tensors) | {f"{name}.weight": None for name in self.dense}
         entries = [
-            e for e in _tensors(self.model) if e[0] not in self.replaced and _join(e[0], e[1]) not in self.replaced
+            e
+            for e in _tensors(self.model)
+            if e[0] not in self.replaced
+            and _join(e[0], e[1]) not in self.replaced
+            and not (e[0] in self.tied and e[1] == "weight")
         ]
         by_tensor: dict[int, str] = {}  # a tensor of the model -> what is stored for it, under any of its names
         for path, name, tensor, _ in entries:
@@ -405,19 +426,18 @@ class _Fit:
             old = _tensor_at(self.model, name)
         return torch.device("cpu") if not isinstance(old, Tensor) or old.is_meta else old.device
 
-    def check_biases(self, made: Mapping[str, QuantizedLinear | QuantizedExperts | Tensor]) -> None:
+    def check_biases(self, made: Mapping[str, PackedModule | Tensor]) -> None:
         """A layer without a bias may have a stored one of zeros, as some writers do; any other is refused."""
         for path, name in self.replaced.items():
             new = made[name]
-            if isinstance(new, QuantizedExperts):
+            if not isinstance(new, QuantizedLinear):
                 continue
-            assert isinstance(new, QuantizedLinear)
             if new.bias is not None and getattr(self.modules[path], "bias", None) is None:
                 if bool((new.bias != 0).any()):
                     raise self.fail(f"layer {name!r} has a bias, the model's has none")
                 new.bias = None
 
-    def attach(self, made: Mapping[str, QuantizedLinear | QuantizedExperts | Tensor]) -> None:
+    def attach(self, made: Mapping[str, PackedModule | Tensor]) -> None:
         """Put everything into the model."""
         for path, name in self.replaced.items():
             new = made[name]
@@ -426,6 +446,10 @@ class _Fit:
             if isinstance(old, PackedModule):
                 new.flags = old.flags
             replace_module(self.model, path, new.train(old.training))
+        for path, name in self.tied.items():
+            embedding, old = made[name], self.modules[path]
+            assert isinstance(embedding, QuantizedEmbedding) and isinstance(old, nn.Linear)
+            replace_module(self.model, path, embedding.output_layer(old))
         values: dict[str, Tensor] = {}
         for path, name, source in self.targets:
             module = self.model.get_submodule(path)
@@ -447,6 +471,8 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     # A subclass may use its weight in its own way; MultiheadAttention hands out_proj.weight to a fused kernel.
     if type(module) is nn.Linear or isinstance(module, QuantizedLinear):
         return module.out_features, module.in_features
+    if isinstance(module, QuantizedEmbedding):
+        return module.num_embeddings, module.embedding_dim
     if type(module) is nn.Embedding:
         return module.num_embeddings, module.embedding_dim
     weight = getattr(module, "weight", None)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lowbit import convert
 from lowbit._packed import PackedModule
-from lowbit._places import ExpertsParameter, experts_at, features, replace_module
+from lowbit._places import ExpertsParameter, embeds, experts_at, features, replace_module
+from lowbit.embedding import QuantizedEmbedding
 from lowbit.errors import ArtifactError
 from lowbit.experts import QuantizedExperts
 from lowbit.formats._experts import join, known_groups
@@ -33,7 +34,7 @@ from lowbit.linear import QuantizedLinear
 from lowbit.report import LayerReport, QuantizeReport
 from lowbit.scheme import Scheme
 
-__all__ = ["Checkpoint", "Dense", "PendingLinear", "dequantize_experts", "dequantized_linear"]
+__all__ = ["Checkpoint", "Dense", "PendingLinear", "dequantize_experts", "dequantized_embedding", "dequantized_linear"]
 
 #: What a tensor that a layer is made of is renamed to, where Transformers has nothing to do with it.
 _TAKEN: Final = "lowbit-source:"
@@ -46,6 +47,7 @@ class PendingLinear(nn.Module):
 
     def __init__(self, linear: nn.Module | None, *nbytes: int) -> None:
         super().__init__()
+        self.out_features, self.in_features = getattr(linear, "out_features", 0), getattr(linear, "in_features", 0)
         self.lowbit_weight = nn.Parameter(torch.empty(nbytes, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = getattr(linear, "bias", None)
 
@@ -75,6 +77,7 @@ class _Work:
         self.failure: Exception | None = None
         self._paths = convert._paths(model)
         self._raw: list[PackedModule] = []
+        self._outputs: dict[str, list[str]] = {}  # quantized embedding -> output layers that share its weight
 
     def place(self, path: str, old: object, new: PackedModule) -> dict[str, Tensor]:
         """Put a layer into the model; gives what Transformers shall store in it, or offload."""
@@ -93,6 +96,36 @@ class _Work:
             new.__dict__["_save_to_state_dict"] = functools.partial(nn.Module._save_to_state_dict, new)
             self._raw.append(new)
         return {f"{path}.{name}": nn.Parameter(tensor, requires_grad=False) for name, tensor in mine.items()}
+
+    def outputs_of(self, path: str, module: nn.Module) -> list[str] | None:
+        """Output layers that are to share the weight of an embedding; None where it has to stay dense.
+
+        Weights are tied after they are loaded, so that nothing but the model's own list says it.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        found = [target.removesuffix(".weight") for target, source in tied.items() if source == f"{path}.weight"]
+        linear = all(type(self.model.get_submodule(one)) is nn.Linear for one in found)
+        here = (
+            not self.device_map or len({str(self.device(one, stored=True)) for one in (path, *found)} - {"disk"}) == 1
+        )
+        return found if embeds(module) and linear and here and not self._offloaded(path) else None
+
+    def reserve_outputs(self, path: str, outputs: Sequence[str]) -> None:
+        """Keep Transformers from initialising and tying what will share an embedding's weight."""
+        self._outputs[path] = list(outputs)
+        for one in outputs:
+            self.model.all_tied_weights_keys.pop(f"{one}.weight")
+            replace_module(self.model, one, PendingLinear(self.model.get_submodule(one), 1))
+
+    def share(self, path: str, embedding: QuantizedEmbedding, missing: set[str] | None) -> None:
+        """Put the output layers of an embedding into the model."""
+        for one in self._outputs.get(path, ()):
+            if missing is not None:
+                missing.discard(f"{one}.lowbit_weight")
+            pending = self.model.get_submodule(one)
+            made = embedding.output_layer(pending)
+            made._is_hf_initialized = True  # type: ignore[assignment]
+            replace_module(self.model, one, made)
 
     def _offloaded(self, path: str) -> bool:
         """Whether a layer is stored on the CPU and runs on an accelerator."""
@@ -116,6 +149,10 @@ class _Work:
 
     def finish(self) -> QuantizeReport | None:
         """Raise what failed."""
+        for path in self._outputs:  # Transformers has put a Parameter of its own into the embedding
+            embedding = self.model.get_submodule(path)
+            if isinstance(embedding, QuantizedEmbedding):
+                embedding._share()
         for layer in self._raw:
             del layer.__dict__["_save_to_state_dict"]
         if self.failure is not None:
@@ -177,6 +214,20 @@ class Dense(_Work):
         ties = dict(getattr(self.model, "all_tied_weights_keys", {}))
         ties |= {source: target for target, source in ties.items()}
         for path in list(self._plan.schemes):
+            module = self.model.get_submodule(path) if f"{path}.weight" in ties else None
+            if isinstance(module, nn.Embedding):
+                outputs = self.outputs_of(path, module)
+                if outputs is None:
+                    raise ValueError(
+                        f"override {path!r} asks for {self._plan.schemes[path]}, but {path} cannot be shared"
+                    )
+                for one in outputs:
+                    self._plan.schemes.pop(one, None)
+                    self._plan.reasons[one] = (f"shares the weight of {path}", True)
+                self.reserve_outputs(path, outputs)
+                continue
+            if path not in self._plan.schemes:
+                continue
             if (other := ties.get(f"{path}.weight")) is not None:
                 if overrides.get(path) is not None:
                     raise ValueError(f"override {path!r} asks for {overrides[path]}, but {path}: tied to {other}")
@@ -207,14 +258,17 @@ class Dense(_Work):
 
         return Quantize(self)
 
-    def quantized(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+    def quantized(self, name: str, weight: Tensor, missing: set[str] | None = None) -> dict[str, Tensor]:
         """Replace the layer that `name` is the weight of."""
         path = self.paths[name]
         target = self._targets.pop(path)
         holder, leaf = (target.owner, target.name) if isinstance(target, ExpertsParameter) else (target, "weight")
         holder._parameters[leaf] = nn.Parameter(weight.to(self.device(path)), requires_grad=False)
         new, self._reports[path] = convert._convert(path, target, self.names[name], None)
-        return self.place(path, target, new)
+        placed = self.place(path, target, new)
+        if isinstance(new, QuantizedEmbedding):
+            self.share(path, new, missing)
+        return placed
 
     def finish(self) -> QuantizeReport:
         """Quantize also what was not in the checkpoint and has been initialised, and report."""
@@ -239,13 +293,12 @@ class _Place:
     name: str
     path: str
     module: nn.Module | ExpertsParameter
+    dense: bool = False  # an embedding that is dequantized
 
     @property
     def key(self) -> str:
         """The parameter that Transformers believes it loads."""
-        if isinstance(self.module, ExpertsParameter):
-            return f"{self.path}.lowbit_weight"
-        return f"{self.path}.weight" if isinstance(self.module, nn.Embedding) else f"{self.path}.lowbit_weight"
+        return f"{self.path}.weight" if self.dense else f"{self.path}.lowbit_weight"
 
 
 class Checkpoint(_Work):
@@ -337,13 +390,14 @@ class Checkpoint(_Work):
             raise ArtifactError(f"{where} is quantized, the model has a {type(module).__name__} there")
         if shape != planned.shape:
             raise ArtifactError(f"{where} is {features(planned.shape)}, the model's is {features(shape)}")
-        return _Place(layer, path, module)
+        dense = isinstance(module, nn.Embedding) and self.outputs_of(path, module) is None
+        return _Place(layer, path, module, dense)
 
     def _routes(self, place: _Place, names: Any) -> dict[str, str | None]:
         """Tensor -> the parameter whose turn it is, or None where Transformers shall leave it to us."""
         sources = [s for s in self.plan.layers[place.name].sources if not self._is_bias(s, place)]
         trigger = next((s for s in sources if s.rpartition(".")[2] not in _LARGE), sources[0])
-        if isinstance(place.module, nn.Embedding) and f"{place.name}.weight" in sources:
+        if place.dense and f"{place.name}.weight" in sources:
             trigger = f"{place.name}.weight"  # it has the name of what it becomes
         return {names.renamed(s): place.key if s == trigger else None for s in sources}
 
@@ -358,8 +412,12 @@ class Checkpoint(_Work):
                 )
 
     def _reserve(self, place: _Place) -> None:
-        if isinstance(place.module, nn.Embedding):
+        if place.dense:
             return
+        if isinstance(place.module, nn.Embedding):
+            taken = {one.path for one in self._places.values()}
+            outputs = [one for one in self.outputs_of(place.path, place.module) or () if one not in taken]
+            self.reserve_outputs(place.path, outputs)
         if isinstance(place.module, ExpertsParameter):
             E = self.plan.layers[place.name].shape[0]
             replace_module(self.model, place.path, PendingLinear(None, E, self.plan.layers[place.name].nbytes // E))
@@ -388,9 +446,14 @@ class Checkpoint(_Work):
             return self.place(place.path, place.module, experts.train(self.model.training))
         assert isinstance(record, LinearRecord)
         if isinstance(place.module, nn.Embedding):
-            device = self.device(place.path, stored=True)
-            dense = record.weight.dequantize(place.module.weight.dtype)
-            return {key: dense.to("cpu" if device == "disk" else device)}
+            dtype, device = place.module.weight.dtype, self.device(place.path, stored=True)
+            if place.dense:
+                return {key: record.weight.dequantize(dtype).to("cpu" if device == "disk" else device)}
+            padding = place.module.padding_idx
+            new = QuantizedEmbedding.from_weight(record.weight.to(device), dtype=dtype, padding_idx=padding)
+            placed = self.place(place.path, self.model.get_submodule(place.path), new.train(place.module.training))
+            self.share(place.path, new, missing)
+            return placed
         pending = self.model.get_submodule(place.path)
         if pending.bias is None and record.bias is not None and bool((record.bias != 0).any()):
             raise ArtifactError(f"{self.plan.where}: layer {place.name!r} has a bias, the model's has none")
@@ -422,14 +485,28 @@ def dequantize_experts(model: nn.Module, path: str, layer: QuantizedExperts, dty
     owner.register_parameter(name, nn.Parameter(dense, requires_grad=False))
 
 
-def dequantized_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
-    """An nn.Linear with the weights that a QuantizedLinear stands for; its inputs are not quantized."""
-    weight = layer.quantized_weight().dequantize()
-    if layer.input_pre_scale is not None:
-        weight = weight * layer.input_pre_scale
+def dequantized_embedding(layer: QuantizedEmbedding, dtype: torch.dtype) -> nn.Embedding:
+    """An nn.Embedding with the rows that a QuantizedEmbedding stands for."""
+    with torch.device("meta"):
+        made = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+    made.weight = nn.Parameter(layer.quantized_weight().dequantize(dtype), requires_grad=False)
+    return made.train(layer.training)
+
+
+def dequantized_linear(layer: QuantizedLinear, dtype: torch.dtype, shared: nn.Parameter | None = None) -> nn.Linear:
+    """An nn.Linear with the weights that a QuantizedLinear stands for; its inputs are not quantized.
+
+    Args:
+        shared: the dense weight, where it is there already.
+    """
+    if shared is None:
+        weight = layer.quantized_weight().dequantize()
+        if layer.input_pre_scale is not None:
+            weight = weight * layer.input_pre_scale
+        shared = nn.Parameter(weight.to(dtype), requires_grad=False)
     with torch.device("meta"):
         made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    made.weight = shared
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     return made.train(layer.training)

@@ -35,7 +35,7 @@ class Quantize(_core.ConversionOps):
                 missing.discard(name)
             if self.work.failure is None:
                 try:
-                    found |= self.work.quantized(name, value[0] if isinstance(value, list) else value)
+                    found |= self.work.quantized(name, value[0] if isinstance(value, list) else value, missing)
                 except Exception as error:
                     self.work.failure = error
         return found

@@ -22,11 +22,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from lowbit._packed import PackedModule
 from lowbit._places import replace_module
+from lowbit.embedding import QuantizedEmbedding
 from lowbit.experts import QuantizedExperts
 from lowbit.formats.native import METHOD, VERSION
 from lowbit.integrations._experts import restore, switch
-from lowbit.integrations._layers import Checkpoint, Dense, dequantize_experts, dequantized_linear
+from lowbit.integrations._layers import Checkpoint, Dense, dequantize_experts, dequantized_embedding, dequantized_linear
 from lowbit.linear import QuantizedLinear
 from lowbit.report import QuantizeReport
 from lowbit.scheme import Scheme
@@ -59,7 +61,7 @@ class LowbitConfig(QuantizationConfigMixin):
     Args:
         scheme: a Scheme or its string, for every linear layer that nothing below names. None only with from_checkpoint.
         overrides: pattern -> scheme, or None to leave alone; as in `lowbit.quantize_`. An override with a scheme also
-            quantizes an output layer, unless it is tied to an embedding.
+            quantizes an output layer, unless it is tied to an embedding; one that names the embedding quantizes both.
         modules_to_not_convert: names, or parts that names begin or end with, of modules to leave alone, as in the other
             configs of Transformers; in place of the output layer and the last module, which are left alone by default.
         from_checkpoint: the folder holds a checkpoint that another library quantized; run it on lowbit's kernels.
@@ -209,7 +211,13 @@ class LowbitQuantizer(HfQuantizer):
         """What save_pretrained writes: state_dict, with the shape of every quantized weight."""
         _describe(model, self)
         state: dict[str, Tensor] = model.state_dict()
+        seen: set[int] = set()
         for path, module in _quantized(model):
+            if id(module.weight) in seen:  # an output layer tied to the embedding: the config says so
+                for name in [name for name in state if name.startswith(f"{path}.weight_")]:
+                    del state[name]
+                continue
+            seen.add(id(module.weight))
             with _onloaded(module):
                 tensors = module._canonical()
             state.update({f"{path}.weight_{part}": tensor for part, tensor in tensors.items()})
@@ -220,10 +228,18 @@ class LowbitQuantizer(HfQuantizer):
         # A string is what the config of a model has that was not loaded.
         to: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         restore(model)
+        made: dict[int, nn.Parameter] = {}  # of embeddings, by the weight that an output layer may share
         for path, module in list(_quantized(model)):
-            if isinstance(module, QuantizedExperts):
+            if isinstance(module, QuantizedEmbedding):
+                embedding = dequantized_embedding(module, to)
+                replace_module(model, path, embedding)
+                assert isinstance(embedding.weight, nn.Parameter)
+                made[id(module.weight)] = embedding.weight
+            elif isinstance(module, QuantizedLinear) and id(module.weight) in made:
+                replace_module(model, path, dequantized_linear(module, to, made[id(module.weight)]))
+            elif isinstance(module, QuantizedExperts):
                 dequantize_experts(model, path, module, to)
-            else:
+            elif isinstance(module, QuantizedLinear):
                 replace_module(model, path, dequantized_linear(module, to))
         return model
 
@@ -268,9 +284,9 @@ def _describe(model: Any, quantizer: LowbitQuantizer) -> None:
         model._weight_conversions = without_conversions(model, experts)
 
 
-def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear | QuantizedExperts]]:
+def _quantized(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedLinear | QuantizedExperts):
+        if isinstance(module, PackedModule):
             yield path, module
 
 
