@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from device import cells, runner, stages
 from device.markdown import markdown
@@ -14,10 +16,10 @@ from device.store import ROOT, Store, sources_hash
 from device.worker import Worker
 
 DESCRIPTION = """\
-Builds lowbit for the GPU that is here, tests it, checks it with compute-sanitizer (on a Mac with Metal's validation), and
-measures it.
+Builds lowbit for the GPU that is here, tests it, checks it with compute-sanitizer (on a Mac with Metal's validation),
+measures it, and lets its kernels race (bench/sweep.py turns that into the table that selection reads).
 
-  bench/device_check.sh                        all four stages, as far as eight minutes go
+  bench/device_check.sh                        all five stages, as far as eight minutes go
   bench/device_check.sh bench --budget 240     one stage
   bench/device_check.sh --resume FOLDER        goes on from the results in another folder
   bench/device_check.sh --dry-run              what there is to do, and nothing else
@@ -90,11 +92,27 @@ def main(argv: list[str] | None = None) -> int:
             ),
             "sanitize": lambda cell, limit: stages.sanitize(setting, cell, limit),
             "bench": lambda cell, limit: worker.measure(cell.spec, args.seconds, min(limit, 120)),
+            "sweep": lambda cell, limit: sweep(worker, cell, args.seconds, limit),
         }
         left = args.budget - (time.monotonic() - begin)
         outcome = runner.run_cells(todo, work, store, left, lambda text: print(text, flush=True))
     _finish(store, args.device)
     return _report(outcome, store, out)
+
+
+def sweep(worker: Worker, cell: cells.Cell, seconds: float, limit: float) -> dict[str, Any]:
+    """All candidates at once. Where one hangs or crashes, the kernels that have no memory barriers to hang on, without the
+    others."""
+    result = worker.measure(cell.spec, seconds, min(limit, 40))
+    if "rows" in result or result.get("fatal"):
+        return result
+    from device.sweep import candidates
+    from lowbit.commands._target import find_target
+
+    model = find_target(worker.device).model
+    safe = tuple(name for name in candidates(cell.spec, model) if not name.startswith("hopper"))
+    again = worker.measure(dataclasses.replace(cell.spec, peers=safe), seconds, min(limit, 40))
+    return {**again, "ok": False, "error": f"with all kernels: {result['error']}"}
 
 
 def _copy_results(source: Path | None, out: Path) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Final
 
-__all__ = ["STAGES", "Case", "Cell", "bench_cases", "bench_cells", "plan", "sanitize_cells"]
+__all__ = ["STAGES", "Case", "Cell", "bench_cases", "bench_cells", "plan", "sanitize_cells", "sweep_cells"]
 
-STAGES: Final = ("build", "correct", "sanitize", "bench")
+STAGES: Final = ("build", "correct", "sanitize", "bench", "sweep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Case:
         scheme: of the weight.
         inputs: what x is when it arrives at the kernel: bf16, int8 or fp8 (one scale per token), fp8-128 (one per token and
             128 of K).
-        op: gemm; grad (dx = dy @ W); or dequantize, quantize_activation, roofline, which have no peers.
+        op: gemm; grad (dx = dy @ W); or dequantize, quantize_activation, roofline, which have no peers; or sweep, whose
+            peers are lowbit's own kernels (all that take the problem, if none are named).
     """
 
     section: str
@@ -137,6 +138,31 @@ def bench_cells(tiny: bool = False, seconds: float = 2.0) -> list[Cell]:
     return [Cell("bench", case.key, 3 * seconds, case) for case in bench_cases(tiny)]
 
 
+#: What sweeps measure (sweep.py): (scheme, inputs, shapes), each at these M, what is telling most first.
+SWEPT: Final = (
+    ("int4-g128", "bf16", (*BIG, *OTHERS, (1024, 8192), (6144, 4096), (8192, 28672))),
+    ("int8", "bf16", (*BIG, *OTHERS)),
+    ("fp8", "fp8", (*BIG, *OTHERS)),
+    ("int8", "int8", (*BIG, *OTHERS)),
+    ("int4-g128", "fp8", BIG),
+    ("int4-g128", "int8", BIG),
+    ("nf4-g64", "bf16", BIG),
+    ("int3-g64-offset", "bf16", BIG),
+)
+SWEPT_ROWS: Final = ((1, 16, 64, 256), (8, 32, 128, 4096), (2, 4, 12, 48, 512))
+
+
+def sweep_cells(seconds: float = 1.0) -> list[Cell]:
+    cases = [
+        Case(f"sweep {scheme} {inputs}", scheme, M, N, K, inputs, "sweep")
+        for rows in SWEPT_ROWS
+        for scheme, inputs, shapes in SWEPT
+        for N, K in shapes
+        for M in rows
+    ]
+    return [Cell("sweep", case.key, 3 * seconds, case) for case in cases]
+
+
 #: Groups of kernels (sanitize_cases.py).
 GROUPS: Final = ("gemm", "gemm_a8", "gemm_grad_input", "weights", "activations")
 #: Tools by what they find, what is worth most first: memcheck looks at every address, racecheck at shared memory, where pipelines
@@ -155,6 +181,7 @@ def plan(stages: Sequence[str], tiny: bool = False, device: str = "cuda") -> lis
     """All cells of the stages, the most valuable first: whether kernels are right, then the numbers that have targets, then
     races and stray accesses, then the rest of each."""
     bench, sanitize = bench_cells(tiny), sanitize_cells(device)
+    sweep = sweep_cells() if device == "cuda" else []  # selection on a Mac goes by no table
     first = sum(len(section.cases(0)) for section in SECTIONS)
     groups = 2 * len(GROUPS)  # of two tools
     # Tests record themselves one by one (resume_plugin.py), so one cell for each way of running them is enough.
@@ -168,5 +195,6 @@ def plan(stages: Sequence[str], tiny: bool = False, device: str = "cuda") -> lis
         library,
         *bench[first:],
         *sanitize[groups:],
+        *sweep,
     ]
     return [cell for cell in order if cell.stage in stages]

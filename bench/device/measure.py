@@ -11,6 +11,7 @@ from torch import Tensor
 
 from device.cells import Case
 from device.contenders import PEERS, Contender, Inputs, lowbit_contenders, make_peer
+from device.sweep import measure_candidates
 from device.timing import Call, Timer, copies_for
 from lowbit import _C, Scheme
 from lowbit.commands._measure import Sample
@@ -30,6 +31,8 @@ def measure_case(case: Case, device: str, timer: Timer, seconds: float) -> dict[
         if case.op in ("dequantize", "quantize_activation"):
             return _memory_bound(case, device, timer, seconds)
         inputs = Inputs.make(case, device)
+        if case.op == "sweep":
+            return measure_candidates(case, inputs, _expected(inputs), _RIGHT, timer, seconds)
         error = _error(inputs)
         if not error < _RIGHT:
             return {"ok": False, "case": dataclasses.asdict(case), "error": f"wrong result: relative error {error:.3g}"}
@@ -46,17 +49,22 @@ def measure_case(case: Case, device: str, timer: Timer, seconds: float) -> dict[
 
 
 def _error(inputs: Inputs) -> float:
-    """Of lowbit's result, against a product in fp32 with its own dequantized weight and quantized inputs."""
+    """Of lowbit's result."""
+    y = lowbit_contenders(inputs)[0].call(0)
+    assert isinstance(y, Tensor)
+    return _relative(y, _expected(inputs))
+
+
+def _expected(inputs: Inputs) -> Tensor:
+    """A product in fp32 with lowbit's own dequantized weight and quantized inputs."""
     case, ops = inputs.case, inputs.target.ops
     scheme = Scheme.parse(case.scheme)
     packed, scales, zeros = ops.quantize(inputs.weight, scheme.desc(), False, None)
     third = zeros if zeros.numel() else None
     dense = ops.dequantize(packed, scales, third, None, case.N, case.K, scheme.desc(), torch.float32)
-    y = lowbit_contenders(inputs)[0].call(0)
-    assert isinstance(y, Tensor)
     x = inputs.x.float()
     if case.op == "grad":
-        return _relative(y, x @ dense)
+        return x @ dense
     if case.inputs != "bf16":
         int8 = case.inputs == "int8"
         format_id = _C.enums()["format"]["int8" if int8 else "fp8_e4m3"]
@@ -64,7 +72,7 @@ def _error(inputs: Inputs) -> float:
         codes, x_scales, _ = ops.quantize_activation(inputs.x, format_id, group, None, None, None, True)
         values = codes.cpu().float().to(x.device)  # not every device converts fp8
         x = values * x_scales.repeat_interleave(128 if group == 128 else case.K, -1)[..., : case.K]
-    return _relative(y, x @ dense.t())
+    return x @ dense.t()
 
 
 def _relative(y: Tensor, expected: Tensor) -> float:

@@ -8,6 +8,7 @@
 #include "common/introspect.h"
 #include "common/strict.h"
 #include "cpu/isa.h"
+#include "cuda/choice.h"
 #include "cuda/select.h"
 #include "metal/launcher.h"
 #include "metal/select.h"
@@ -203,5 +204,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "force_kernel", &force_kernel, "name"_a,
       "Run this CUDA or Metal kernel wherever it can, until called with ''. For tests and sweeps.");
+  m.def("load_tuning", &lowbit::cuda::load_tuning, "text"_a,
+        "Take this table of bench/sweep.py instead of the one that is built in; \"\" ends it.");
   m.def("forced_kernel", &lowbit::cuda::forced_kernel, "What force_kernel or LOWBIT_KERNEL said.");
 }

@@ -1,11 +1,9 @@
 #include "cuda/select.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
+#include "cuda/choice.h"
 #include "cuda/schedule.h"
 #include "cuda/stages.h"
 #include "cuda/tuning.h"
@@ -154,13 +152,14 @@ Residency fit(const KernelRow& row, const CudaTile64& weight, const DeviceInfo& 
   return residency(row.shape(), weight, device.shared_per_block, device.shared_per_sm);
 }
 
-// Forced by force_kernel("hopper_stream_m8:2x4"): strips and, in the high half, the cluster.
-std::atomic<int32_t> forced_plan{0};
-
 HopperPlan plan(const KernelRow& row, const Problem& p, const CudaTile64& weight,
                 const DeviceInfo& device) {
-  const int32_t wish = forced_plan.load(std::memory_order_acquire);
-  return plan_hopper(row.shape(), p.M, weight, device, {wish & 0xffff, wish >> 16});
+  HopperWish wish = forced_choice().wish;
+  const Measured* const measured = measured_for(p, device);
+  if (forced_choice().kernel == nullptr && measured != nullptr &&
+      std::strcmp(measured->choice.kernel, row.name()) == 0)
+    wish = measured_wish(*measured, p, device);
+  return plan_hopper(row.shape(), p.M, weight, device, wish);
 }
 
 // ---- cutting the work --------------------------------------------------------------------------------------------------
@@ -273,7 +272,7 @@ bool refuses(const KernelRow& row, const Problem& p, const CudaTile64& weight,
   if (row.hopper && !device.hopper) return why("this build has no code for 90a");
   if (row.refuse(p, weight, why) || refuse_order(row, p, why)) return true;
   if (row.hopper) {
-    const int32_t cluster = forced_plan.load(std::memory_order_acquire) >> 16;
+    const int32_t cluster = forced_choice().wish.cluster;
     if (cluster > weight.tiles)
       return why("clusters of ", cluster, " blocks have no share each in the ", weight.tiles,
                  " tiles of K=", p.K);
@@ -294,45 +293,9 @@ bool defers(const KernelRow& row, const Problem& p, const Why& why) {
   return row.hopper && why(kUnmeasured);
 }
 
-// Null: not forced. The pointer is to a name in kTiles.
-std::atomic<const char*> forced{nullptr};
-std::atomic<bool> environment_read{false};
-
-// The kernel of a name, and the plan that may stand behind it.
-const char* find_name(const std::string& given, int32_t& wish) {
-  std::string known;
-  const std::string name = given.substr(0, given.find(':'));
-  int strips = 0, cluster = 0, length = 0;
-  if (name.size() < given.size()) {
-    const char* const text = given.c_str() + name.size();
-    const bool valid = std::sscanf(text, ":%1dx%1d%n", &strips, &cluster, &length) == 2 &&
-                       text[length] == 0 && strips >= 1 && cluster >= 1;
-    LOWBIT_CHECK(valid && name.compare(0, 14, "hopper_stream_") == 0, "kernel '", given,
-                 "': only those that stream on Hopper take a plan, such as hopper_stream_m8:2x4");
-  }
-  wish = cluster << 16 | strips;
-  for (const Tile& tile : kTiles) {
-    if (name == tile.name) return tile.name;
-    if (known.find(tile.name) == std::string::npos)
-      known += concat(known.empty() ? "" : ", ", tile.name);
-  }
-  fail("kernel '", name, "' is not one of the CUDA kernels: ", known);
-}
-
-const char* forced_name() {
-  if (!environment_read.load(std::memory_order_acquire)) {
-    const char* value = std::getenv("LOWBIT_KERNEL");
-    int32_t wish = 0;
-    if (value != nullptr && *value != '\0') forced.store(find_name(value, wish));
-    forced_plan.store(wish, std::memory_order_release);
-    environment_read.store(true, std::memory_order_release);
-  }
-  return forced.load(std::memory_order_acquire);
-}
-
 // The forced name where the op has a row of that name.
 const char* forced_for(Op op) {
-  const char* name = forced_name();
+  const char* name = forced_choice().kernel;
   if (name == nullptr) return nullptr;
   for (const KernelRow& row : kernel_table()) {
     if (row.op == op && std::strcmp(row.name(), name) == 0) return name;
@@ -353,10 +316,23 @@ const KernelRow& pick_forced(const char* name, const Problem& p, const CudaTile6
   fail("kernel ", name, " is not one of ", name_of(p.op));
 }
 
+// The row that a sweep has found fastest, if it takes the problem.
+const KernelRow* pick_measured(const Problem& p, const CudaTile64& weight,
+                               const DeviceInfo& device) {
+  const Measured* const measured = measured_for(p, device);
+  if (measured == nullptr) return nullptr;
+  for (const KernelRow& row : kernel_table()) {
+    if (row.op == p.op && std::strcmp(row.name(), measured->choice.kernel) == 0)
+      return refuses(row, p, weight, device, Why()) ? nullptr : &row;
+  }
+  return nullptr;
+}
+
 // The first row that neither refuses nor defers. Those that deferred to wider tiles which then refused stand in before
 // the general kernel does.
 const KernelRow& pick(const Problem& p, const CudaTile64& weight, const DeviceInfo& device) {
   if (const char* name = forced_for(p.op)) return pick_forced(name, p, weight, device);
+  if (const KernelRow* row = pick_measured(p, weight, device)) return *row;
   const KernelRow* deferred = nullptr;
   for (const KernelRow& row : kernel_table()) {
     if (row.op != p.op) continue;
@@ -392,19 +368,6 @@ Config select(const Problem& p, const CudaTile64& weight, const DeviceInfo& devi
   return configure(pick(p, weight, device), p, weight, device);
 }
 
-void force_kernel(const std::string& name) {
-  int32_t wish = 0;
-  const char* found = name.empty() ? nullptr : find_name(name, wish);
-  forced_plan.store(wish, std::memory_order_release);
-  environment_read.store(true, std::memory_order_release);
-  forced.store(found, std::memory_order_release);
-}
-
-std::string forced_kernel() {
-  const char* name = forced_name();
-  return name == nullptr ? "" : name;
-}
-
 std::vector<KernelInfo> kernels() {
   std::vector<KernelInfo> list;
   for (const KernelRow& row : kernel_table())
@@ -417,6 +380,7 @@ std::vector<Verdict> explain(const Problem& p, const DeviceInfo& device) {
   const CudaTile64 weight = cuda_tile64(p.N, p.K, p.desc);
   const char* name = forced_for(p.op);
   const KernelRow* chosen = name == nullptr ? &pick(p, weight, device) : nullptr;
+  const KernelRow* measured = name == nullptr ? pick_measured(p, weight, device) : nullptr;
   std::vector<Verdict> verdicts;
   for (const KernelRow& row : kernel_table()) {
     if (row.op != p.op) continue;
@@ -425,6 +389,9 @@ std::vector<Verdict> explain(const Problem& p, const DeviceInfo& device) {
     if (!refuses(row, p, weight, device, why)) {
       if (name != nullptr && std::strcmp(row.name(), name) != 0) {
         why("kernel ", name, " is forced");
+      } else if (chosen != nullptr && chosen == measured) {
+        if (chosen != &row)
+          why("slower than the chosen one: ", to_string(*measured_for(p, device)));
       } else if (chosen != nullptr && chosen != &row && !defers(row, p, why)) {
         why("slower than the chosen one");
       }

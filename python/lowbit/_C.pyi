@@ -67,6 +67,9 @@ def force_kernel(name: str) -> None:
 def forced_kernel() -> str:
     """What `force_kernel` or LOWBIT_KERNEL said; "" when nothing is forced."""
 
+def load_tuning(text: str) -> None:
+    """Take this table of bench/sweep.py instead of the one that is built in; "" ends it. Not while ops run."""
+
 def format_table() -> list[_FormatRow]:
     """Every weight format."""
 
