@@ -45,14 +45,16 @@ def kind_of(inputs: str) -> tuple[str, str, str]:
 
 def candidates(case: Case, model: str) -> list[str]:
     """Kernels, and plans, that take the problem on a device ("sm_90:132") and are not hopeless: a tile for many tokens has not
-    many fewer of them, and one for few is not run through more than four times. Plans that come to the same are one."""
+    many fewer of them, and one for few is not run through more than four times where there are wider ones. Plans that come to
+    the same are one."""
     _, op, dtype = kind_of(case.inputs)
     desc = _cuda_desc(case)
     found: dict[str, str] = {}
     try:
-        for name in _names(op):
-            tokens = int(re.sub(r".*_m", "", name.split(":")[0]))
-            if 4 * tokens < case.M or tokens > max(64, 4 * case.M):
+        names = _names(op)
+        widest = max(_tokens(name) for name in names)
+        for name in names:
+            if not min(case.M / 4, widest / 2) <= _tokens(name) <= max(64, 4 * case.M):
                 continue
             _C.force_kernel(name)
             try:
@@ -63,6 +65,10 @@ def candidates(case: Case, model: str) -> list[str]:
     finally:
         _C.force_kernel("")
     return list(found.values())
+
+
+def _tokens(name: str) -> int:
+    return int(re.sub(r".*_m", "", name.split(":")[0]))
 
 
 def _names(op: str) -> list[str]:
