@@ -120,6 +120,81 @@ def test_refused(kind: str, leaf: str, value: Tensor, message: str, tmp_path: Pa
         list(formats.read(folder(tmp_path, kind, tensors)))
 
 
+# -- gpt-oss -----------------------------------------------------------------------------------------------------------
+
+
+def mxfp4(count: int, N: int, K: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Blocks and scales of random weights near 1/8."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (count, N, K // 32, 16), generator=generator).to(torch.uint8)
+    return blocks, torch.randint(121, 125, (count, N, K // 32), generator=generator).to(torch.uint8)
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks, scales = mxfp4(E, 40, 160, 0)
+    write(tmp_path, {"up.gate_up_proj_blocks": blocks, "up.gate_up_proj_scales": scales}, {"quant_method": "mxfp4"})
+    ((name, record),) = formats.read(tmp_path)
+    assert name == "up.gate_up_proj" and isinstance(record, formats.ExpertsRecord)
+    want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    assert torch.equal(record.weight.dequantize(), want.transpose(1, 2))
+    assert record.weight.nbytes == blocks.nbytes + scales.nbytes
+    (tmp_path / "config.json").unlink()
+    assert formats.detect(tmp_path).format == "mxfp4"
+
+
+def test_a_gpt_oss_runs_and_is_saved(tmp_path: Path) -> None:
+    save(tmp_path / "dense", "gpt_oss")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    tensors = dict(dense)
+    for seed, name in enumerate(
+        [name for name in dense if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    ):
+        count, K, N = tensors.pop(name).shape
+        blocks, scales = mxfp4(count, N, K, seed)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        parts = {"packed": blocks.reshape(count, N, K // 2), "scales": scales.view(torch.float8_e8m0fnu)}
+        weight = ExpertWeights.from_tensors(parts, "mxfp4", (count, N, K))
+        dense[name] = weight.dequantize().transpose(1, 2)
+    store(tmp_path / "dense" / "model.safetensors", dense)
+    reference = load(tmp_path / "dense", dtype=torch.float32)
+    (tmp_path / "quantized").mkdir()
+    store(tmp_path / "quantized" / "model.safetensors", tensors)
+    about = json.loads((tmp_path / "dense" / "config.json").read_text())
+    about["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(about))
+    asked = lowbit.LowbitConfig(from_checkpoint=True)
+    model = load(tmp_path / "quantized", quantization_config=asked, dtype=torch.float32)
+    assert len([m for m in model.modules() if isinstance(m, QuantizedExperts)]) == 4
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "message"),
+    [
+        (
+            "blocks",
+            torch.zeros(3, 40, 5, 8, dtype=torch.uint8),
+            r"gate_up_proj_blocks is U8 \[3, 40, 5, 8\], it must be",
+        ),
+        ("blocks", torch.zeros(3, 40, 80, dtype=torch.uint8), r"gate_up_proj_blocks is U8 \[3, 40, 80\]"),
+        ("blocks", torch.zeros(3, 0, 5, 16, dtype=torch.uint8), r"gate_up_proj_blocks is U8 \[3, 0, 5, 16\]"),
+        ("scales", torch.zeros(3, 40, 4, dtype=torch.uint8), r"gate_up_proj_scales is U8 \[3, 40, 4\]"),
+        ("scales", torch.full((3, 40, 5), 255, dtype=torch.uint8), "expert 0: scales: 200 values are not finite"),
+        ("scales", None, "but no gate_up_proj_scales"),
+    ],
+)
+def test_mxfp4_refused(leaf: str, value: Tensor | None, message: str, tmp_path: Path) -> None:
+    blocks, scales = mxfp4(E, 40, 160, 0)
+    tensors = {"up.gate_up_proj_blocks": blocks, "up.gate_up_proj_scales": scales, f"up.gate_up_proj_{leaf}": value}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    with pytest.raises(ArtifactError, match=message):
+        list(formats.read(write(tmp_path, kept, {"quant_method": "mxfp4"})))
+
+
 # -- in models ---------------------------------------------------------------------------------------------------------
 
 

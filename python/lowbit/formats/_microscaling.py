@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from lowbit.formats._module import Module, describe
+from lowbit.formats._module import Module
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
 
@@ -65,9 +65,6 @@ def check_microscaling(module: Module, store: Microscaling) -> tuple[tuple[int, 
     """(N, K) of a layer, and what reads its weight; refuse tensors that do not fit each other."""
     text, codes, scales = KINDS[store.kind]
     scheme = Scheme.parse(text)
-    info = module.info(store.codes)
-    if len(info.shape) == 3:
-        raise module.fail(f"{store.codes} is {describe(info)}: expert tensors with three dimensions are not read yet")
     N, width = module.check(store.codes, codes, None).shape
     K = width * 8 // scheme.bits
     module.positive(N, K)
