@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lowbit import _artifact
-from lowbit.commands import _output
-from lowbit.commands.quantize import _override, _positive, _scheme
+from lowbit.commands import _arguments, _output
 from lowbit.formats._writers import WRITERS
 
 __all__ = ["add_parser", "run"]
@@ -44,25 +42,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="a folder, or a GGUF file")
     parser.add_argument("target", metavar="DST", type=Path, help="the folder to make; for gguf the file")
     parser.add_argument("--to", required=True, choices=[row.name for row in WRITERS], help="format to write")
-    parser.add_argument("--scheme", type=_scheme, help="how to quantize, such as int4-g128")
-    parser.add_argument(
-        "--override",
-        dest="overrides",
-        metavar="PATTERN=SCHEME",
-        type=_override,
-        action="append",
-        default=[],
-        help="another scheme, or none, for layers whose name matches, as in `lowbit quantize`",
-    )
-    parser.add_argument(
-        "--importance", metavar="FILE", type=Path, help="weights of columns, as lowbit.save_importance writes them"
-    )
+    parser.add_argument("--scheme", type=_arguments.scheme, help="how to quantize, such as int4-g128")
+    _arguments.add_overrides(parser, "another scheme, or none, for layers whose name matches, as in `lowbit quantize`")
+    _arguments.add_importance(parser)
     parser.add_argument(
         "--metadata-from", metavar="FILE.gguf", type=Path, help="take names and keys from a GGUF file of the same model"
     )
-    parser.add_argument(
-        "--max-shard-bytes", metavar="BYTES", type=_positive, default=_artifact.MAX_SHARD_BYTES, help="size of a file"
-    )
+    _arguments.add_max_shard_bytes(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, and no report on success")
     _output.add_json(parser)
     parser.set_defaults(run=run)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit import _artifact, convert
 from lowbit._artifact import Item, Layer
 from lowbit._progress import Advance, progress_bar
-from lowbit.commands import _output, _staging
+from lowbit.commands import _arguments, _output, _staging
 from lowbit.commands._plan import Override, Plan, make_plan
 from lowbit.errors import ArtifactError
 from lowbit.formats._source import Source, open_source, read_json
@@ -52,17 +52,12 @@ def add_parser(commands: Any) -> None:
         formatter_class=_output.HelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder with *.safetensors")
-    parser.add_argument("--scheme", required=True, type=_scheme, help="how to quantize, such as int4-g128")
+    parser.add_argument("--scheme", required=True, type=_arguments.scheme, help="how to quantize, such as int4-g128")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder to make")
-    parser.add_argument(
-        "--override",
-        dest="overrides",
-        metavar="PATTERN=SCHEME",
-        type=_override,
-        action="append",
-        default=[],
-        help="another scheme, or none, for layers whose name matches: a glob such as '*.down_proj', or a regular "
-        "expression after 're:'. The first override or skip that matches decides",
+    _arguments.add_overrides(
+        parser,
+        "another scheme, or none, for layers whose name matches: a glob such as '*.down_proj', or a regular expression "
+        "after 're:'. The first override or skip that matches decides",
     )
     parser.add_argument(
         "--skip",
@@ -78,43 +73,15 @@ def add_parser(commands: Any) -> None:
         default=None,
         help="search the scale of least squared error, or round to nearest; by default as each scheme says",
     )
-    parser.add_argument(
-        "--importance", metavar="FILE", type=Path, help="weights of columns, as lowbit.save_importance writes them"
-    )
+    _arguments.add_importance(parser)
     parser.add_argument(
         "--strict", action="store_true", help="fail if a tensor of 1 MB or more would be kept that no override names"
     )
     parser.add_argument("--force", action="store_true", help="replace the artifact that is in DIR")
-    parser.add_argument(
-        "--max-shard-bytes", metavar="BYTES", type=_positive, default=_artifact.MAX_SHARD_BYTES, help="size of a file"
-    )
+    _arguments.add_max_shard_bytes(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, and no report on success")
     _output.add_json(parser)
     parser.set_defaults(run=run)
-
-
-def _scheme(text: str) -> Scheme:
-    try:
-        return Scheme.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _override(text: str) -> Override:
-    pattern, equals, scheme = text.rpartition("=")  # the last one: a regular expression may hold others
-    if not equals or not pattern:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=SCHEME, such as '*.down_proj=int6-g64'")
-    return pattern, None if scheme.strip().lower() == "none" else _scheme(scheme)
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
