@@ -1,6 +1,6 @@
 """AMX's kernels on a software model of the tile instructions (model.h): builds them, and registers them with lowbit.
 
-    python tests/amx/build.py            # prints the library's path
+    cd tests && python -m amx.build            # prints the library's path
 
 The sources are those of the product: csrc/cpu/kernels/isa_amx.cpp, with other intrinsics. A CPU with AVX-512 runs them.
 """
@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +18,7 @@ from pathlib import Path
 
 import torch  # noqa: F401 - loads what lowbit._C links
 
+from emulator.build import BuildError, compiler, locked, run
 from lowbit import _C
 
 HERE = Path(__file__).resolve().parent
@@ -37,43 +35,22 @@ FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden
 FLAGS += ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
-class BuildError(RuntimeError):
-    """The compiler's words."""
-
-
 def refusal() -> str:
     """Why the model cannot be used here, or nothing."""
     features = _C.cpu_features()
     missing = [name for name in NEEDED if not features.get(name)]
     if missing:
         return f"AMX's kernels also use AVX-512, and this CPU lacks {', '.join(missing)}"
-    return "" if compiler() else "no C++ compiler: install g++ or set CXX"
-
-
-def compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        raise BuildError(f"{' '.join(command)}\n{done.stdout[-8000:]}")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Two test runs may want the same build."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    try:
+        compiler()
+    except BuildError:
+        return "no C++ compiler: install g++ or set CXX"
+    return ""
 
 
 def build() -> Path:
     """The library, compiled where sources, flags or the compiler have changed."""
     cxx = compiler()
-    if cxx is None:
-        raise BuildError(refusal())
     features = _C.cpu_features()
     flags = [*FLAGS, *NEEDED.values(), *(flag for name, flag in OPTIONAL.items() if features.get(name))]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE.parent}"]
@@ -84,7 +61,7 @@ def build() -> Path:
         key.update(path.read_bytes())
     folder = CACHE / key.hexdigest()[:12]
     library = folder / "libamx_model.so"
-    with _locked(folder):
+    with locked(folder):
         if not library.exists():
             objects = [folder / f"{source.stem}.o" for source in SOURCES]
             # -O3 for the model's loops, which are to be vectors; kernels are slower to compile, and hardly faster.
@@ -93,9 +70,9 @@ def build() -> Path:
                 for source, to, extra in zip(SOURCES, objects, (["-O3"], ["-include", "amx/model.h"]), strict=True)
             ]
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(_run, commands))
+                list(pool.map(run, commands))
             part = folder / "part.so"
-            _run([cxx, "-shared", *map(str, objects), "-o", str(part), "-lpthread", "-Wl,--no-undefined"])
+            run([cxx, "-shared", *map(str, objects), "-o", str(part), "-lpthread", "-Wl,--no-undefined"])
             part.rename(library)
     return library
 

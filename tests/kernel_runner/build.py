@@ -1,4 +1,4 @@
-"""Builds the runner (CMakeLists.txt) and says where it can run:  python tests/kernel_runner/build.py [--cross]"""
+"""Builds the runner (CMakeLists.txt) and says where it can run:  cd tests && python -m kernel_runner.build [--cross]"""
 
 from __future__ import annotations
 
