@@ -92,13 +92,13 @@ __device__ void expand_rows(const WeightParams& w, const StageLayout& layout, ui
   uint8_t* const scales = stage + layout.scales + strip * layout.groups * w.scale_row_bytes;
   uint8_t* const offsets = stage + layout.zeros + strip * layout.groups * w.zero_row_bytes;
   if (w.one_scale) {  // one number for all rows
-    if (thread >= count) return;
+    if (!inside(thread, count)) return;
     const float value = scale_code_value(w.stored.dtype, stored.scales[thread * 16]);
     store_element(value, scales + thread * w.scale_row_bytes, 0, element_of(w.scale_dtype));
     return;
   }
 #pragma unroll 1
-  for (int i = thread; i < count * 16; i += kThreads) {
+  for (int i = thread; inside(i, count * 16); i += kThreads) {
     const int j = i / 16;
     const int super_row = ((first + j) >> w.supers.shift) - (first >> w.supers.shift);
     expand_four(w, stored, j, super_row, i % 16 * 4, scales + j * w.scale_row_bytes,

@@ -76,9 +76,12 @@ class Problem:
 
 
 def pack(backend: Any, weight: Weight) -> torch.Tensor:
-    """The weight in the backend's layout, on its device."""
-    moved = [None if t is None else t.to(backend.device) for t in weight.tensors]
-    return backend.ops.pack(*moved, weight.N, weight.K, cuda_desc(weight.spec))
+    """The weight in the backend's layout, on its device; by the CPU, where it alone knows the scales."""
+    spec, tensors = weight.spec, (*weight.tensors, *weight.supers)
+    there = spec.super_groups in (0, -1) and spec.scale_dtype != "dynamic8" and spec.scaling != "flat"
+    device, ops = (backend.device, backend.ops) if there else ("cpu", torch.ops.lowbit)
+    moved = [None if t is None else t.to(device) for t in tensors]
+    return ops.pack(*moved[:4], weight.N, weight.K, cuda_desc(spec), *moved[4:]).to(backend.device)
 
 
 def on(backend: Any, tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ import torch
 import reference
 from cases import FP8, INT8, SCALED, random_weight, random_x, scaled
 from lowbit import _C
-from problems import HALVES, cuda_desc, forced, on
+from problems import HALVES, cuda_desc, forced, on, pack
 from reference import UNIT, Spec, Weight
 
 #: What CUDA packs, unpacks and dequantizes; the CPU does the rest.
@@ -22,10 +22,6 @@ def _fast(spec: Spec, K: int) -> bool:
     """Whether tensor cores take it: cells of 16 k lie in one group."""
     size = math.gcd(K, spec.group_size) if spec.scaling == "flat" else spec.group_size
     return size % 16 == 0 or size >= K
-
-
-def _packed(backend: Any, w: Weight) -> torch.Tensor:
-    return on(backend, torch.ops.lowbit.pack(*w.tensors, w.N, w.K, cuda_desc(w.spec), *w.supers))
 
 
 def _moved(backend: Any, w: Weight) -> tuple[torch.Tensor | None, ...]:
@@ -66,7 +62,7 @@ def test_gemm(backend: Any, name: str) -> None:
                 continue
             x = random_x(M, K, dtype=dtype)
             with forced(kernel):
-                y = backend.ops.gemm(on(backend, x), _packed(backend, w), None, N, K, cuda_desc(spec), 0).cpu()
+                y = backend.ops.gemm(on(backend, x), pack(backend, w), None, N, K, cuda_desc(spec), 0).cpu()
             unit = 0.0 if dtype == torch.float32 else UNIT[dtype]
             ref, bound = reference.product(x, w.dense(), None, unit, dtype)
             if dtype == torch.float16:
@@ -84,7 +80,7 @@ def test_grad(backend: Any, name: str) -> None:
                 continue
             dy = random_x(5, N, dtype=dtype)
             with forced(kernel):
-                dx = backend.ops.gemm_grad_input(on(backend, dy), _packed(backend, w), N, K, cuda_desc(spec), 0).cpu()
+                dx = backend.ops.gemm_grad_input(on(backend, dy), pack(backend, w), N, K, cuda_desc(spec), 0).cpu()
             unit = 0.0 if dtype == torch.float32 else UNIT[dtype]
             reference.assert_close(dx, reference.product(dy, w.dense().T, None, unit, dtype), (kernel, spec, N, K))
 
@@ -102,7 +98,7 @@ def test_8_bit_activations(backend: Any) -> None:
             on(backend, xq),
             on(backend, x_scales),
             None,
-            _packed(backend, w),
+            pack(backend, w),
             None,
             N,
             K,
@@ -120,7 +116,7 @@ def test_8_bit_activations(backend: Any) -> None:
     odd = random_weight(Spec("int8", group_size=16, scaling="flat"), 9, 35)
     xq, x_scales, _ = reference.quantize_activation(random_x(4, 35), "int8")
     y = backend.ops.gemm_a8(
-        on(backend, xq), on(backend, x_scales), None, _packed(backend, odd), None, 9, 35, cuda_desc(odd.spec), 0, torch.float32
+        on(backend, xq), on(backend, x_scales), None, pack(backend, odd), None, 9, 35, cuda_desc(odd.spec), 0, torch.float32
     ).cpu()  # fmt: skip
     x = reference.dequantize_activation(xq, x_scales, None)
     reference.assert_close(y, reference.product(x, odd.dense(), None, UNIT[torch.bfloat16], torch.float32), odd.spec)

@@ -42,6 +42,11 @@ TABLE = Spec("int4", "offset", 48, "float32")
 SMALL_GROUPS = Spec("int4", "float", 16, "float32")
 BLOCKS = Spec("fp8_e4m3", "none", 128, "float32", "block128")
 NF4 = Spec("nf4", "none", 32, "float16")
+#: Scales that are no floats: of two levels with offsets, of groups and super groups that meet no step's end, one for a block.
+TWO_LEVELS = Spec("int4", "offset", 32, "uint6", "two_level", False, 8, "float16")
+LEVELS_ASTRIDE = Spec("int3", "none", 48, "int6", "two_level", False, 2, "float32")
+POWERS = Spec("fp8_e4m3", "none", 128, "e8m0", "block128")
+SMALL_FLOATS = Spec("int4", "int", 16, "e4m3", "two_level", False, -1)
 
 #: (N, K, multiprocessors). Few blocks with several tiles each, many blocks on one tile, blocks that begin inside a tile; N and
 #: K on no tile's end, and a last step of K that is nearly empty.
@@ -71,6 +76,11 @@ def gemm_cases(kernel: str) -> list[Case]:
     cases = [gemm(kernel, spec, M, *shape) for spec, M, shape in zip(specs, rows, SHAPES, strict=True)]
     if kernel == "general":
         cases.append(gemm(kernel, NF4, 3, 70, 104, 2))
+    if not kernel.startswith("hopper"):  # which refuses them
+        shapes = ((130, 328, 3), (70, 712, 8), (65, 200, 2))
+        cases += [
+            gemm(kernel, spec, 2, *at) for spec, at in zip((TWO_LEVELS, LEVELS_ASTRIDE, POWERS), shapes, strict=True)
+        ]
     if kernel.startswith("hopper_stream_m"):
         # More tiles than stages, so that stages are refilled, by blocks of a cluster and by one alone; three strips.
         cases += [
@@ -99,9 +109,12 @@ def any_input(kernel: str) -> Case:
     return Case(f"gemm {kernel}, x as it comes", run)
 
 
-def gemm_a8(kernel: str, kind: str, activation: str, group: int, M: int, N: int, K: int, sms: int) -> Case:
-    format, zero_kind, scaling = cases.KINDS[kind]
-    spec = Spec(format, zero_kind, group, "float32", scaling)
+def gemm_a8(kernel: str, kind: str | Spec, activation: str, group: int, M: int, N: int, K: int, sms: int) -> Case:
+    if isinstance(kind, Spec):
+        spec = kind
+    else:
+        format, zero_kind, scaling = cases.KINDS[kind]
+        spec = Spec(format, zero_kind, group, "float32", scaling)
 
     def run(backend: Emulator) -> Outputs:
         backend.set_device(90, sms)
@@ -113,7 +126,7 @@ def gemm_a8(kernel: str, kind: str, activation: str, group: int, M: int, N: int,
         reference.assert_close(y, a8.expected(weight, a, x_group, bias, torch.bfloat16), (kernel, spec))
         return [y]
 
-    return Case(f"gemm_a8 {kernel} {kind}-g{group} {activation} M={M} N={N} K={K} sms={sms}", run)
+    return Case(f"gemm_a8 {kernel} {_name(spec)} {activation} M={M} N={N} K={K} sms={sms}", run)
 
 
 def gemm_a8_cases(kernel: str) -> list[Case]:
@@ -126,6 +139,8 @@ def gemm_a8_cases(kernel: str) -> list[Case]:
         kinds = [("int4", "fp8", 32), ("int3", "int8-asym", 48), ("int4-int", "fp8-g128", 16)]
     rows = (tokens - 1, tokens + 2, 3)
     cases = [gemm_a8(kernel, *kind, M, *shape) for kind, M, shape in zip(kinds, rows, SHAPES, strict=False)]
+    other = POWERS if kernel.startswith("a8_fp8") else LEVELS_ASTRIDE
+    cases.append(gemm_a8(kernel, other, "fp8" if other is POWERS else "int8", 0, 2, 70, 264, 2))
     if kernel == "general":
         cases += [gemm_a8(kernel, "nf4", "fp8", 32, 3, 70, 104, 2), gemm_a8(kernel, "int4", "int8", 40, 5, 66, 333, 2)]
     return cases
@@ -152,16 +167,20 @@ def pack_case(spec: Spec, N: int, K: int) -> Case:
     def run(backend: Emulator) -> Outputs:
         weight = cases.random_weight(spec, N, K)
         w = problems.pack(backend, weight)
-        back = backend.ops.unpack(w, N, K, problems.cuda_desc(spec))[:4]
-        for got, given in zip(back, weight.tensors, strict=True):
-            assert got.numel() == 0 if given is None else torch.equal(got, given)
+        back = backend.ops.unpack(w, N, K, problems.cuda_desc(spec))
+        assert all(
+            got.numel() == 0 if given is None else same_bits([got], [given])
+            for got, given in zip(back, (*weight.tensors, *weight.supers), strict=True)
+        )
         # What stands behind the last code of a row, in the same byte, means nothing.
         padding = -K * spec.bits % 8
         noisy = weight.packed.clone()
         noisy[:, -1] |= 256 - 2 ** (8 - padding)
         assert torch.equal(problems.pack(backend, dataclasses.replace(weight, packed=noisy)), w), "padding was packed"
         canonical = cases.desc(spec)
-        dense = [backend.ops.dequantize(*weight.tensors, N, K, canonical, dtype) for dtype in cases.DTYPES]
+        dense = [
+            backend.ops.dequantize(*weight.tensors, N, K, canonical, dtype, *weight.supers) for dtype in cases.DTYPES
+        ]
         for got in dense:
             assert torch.equal(got, weight.dense().to(got.dtype)), "dequantize"
         return [w, *back, *dense]
@@ -212,8 +231,9 @@ def all_cases() -> tuple[Case, ...]:
     listed += [any_input(kernel) for kernel in problems.A16]
     listed += [case for kernel in problems.A8 for case in gemm_a8_cases(kernel)]
     for kernel in problems.GRAD:
-        specs = (with_perm, INT3, TABLE, SMALL_GROUPS)
+        specs = (with_perm, INT3, TABLE, SMALL_GROUPS, TWO_LEVELS, LEVELS_ASTRIDE, POWERS)
         shapes = ((20, 130, 200, 4), (66, 65, 136, 4), (3, 2100, 136, 40), (60, 300, 328, 1))
+        shapes += ((3, 130, 200, 2), (3, 70, 264, 2), (3, 130, 136, 2))
         listed += [grad_case(kernel, spec, *shape) for spec, shape in zip(specs, shapes, strict=True)]
     listed.append(grad_case("general", Spec("int4", "none", 24), 5, 64, 72, 4))
     for spec, N, K in (
@@ -225,6 +245,8 @@ def all_cases() -> tuple[Case, ...]:
         (BLOCKS, 130, 264),
         (TABLE, 66, 104),
         (NF4, 64, 128),
+        (POWERS, 130, 264),
+        (SMALL_FLOATS, 70, 136),
     ):
         listed.append(pack_case(spec, N, K))
     whole = Spec("int4", "int", -1, "float16")
