@@ -104,8 +104,8 @@ class StripFetcher {
                 tile + w_.zeros_offset + first * zero_row, count * w_.zero_row_bytes);
   }
 
-  // Floats of what was fetched for a step of a weight that is not plain, by the threads that fetched it. They all must have seen it arrive, and no one
-  // reads scales before these are all done.
+  // Floats of what was fetched for a step of a weight that is not plain, by the threads that fetched it; where nothing was,
+  // of what lies there, for nobody. They all must have seen it arrive, and no one reads scales before these are all done.
   __device__ void expand(int step, uint8_t* stage, int strip) const {
     const int first = group_of_(step * kStepCells), left = w_.groups - first;
     expand_rows<kThreads>(w_, layout_, stage, strip, first, left, offset_ / 16);

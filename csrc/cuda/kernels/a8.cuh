@@ -214,7 +214,7 @@ class A8Warp {
       sync_team();  // x is in order, all copies are here, and every warp is done with the stage refilled next
       fetch(segment, step + (p_.stages - 1) * turns, read == 0 ? p_.stages - 1 : read - 1);
       if (!p_.w.plain) {
-        expand(segment, step, stage);
+        weights_.expand(step, stage, member_ / kStripThreads);
         sync_team();
       }
       if (has_rows)
@@ -254,11 +254,6 @@ class A8Warp {
       Bytes::fetch(p_.x, p_.w.K, m0_, step, member_, stage + layout_.x);
     }
     ptx::cp_async_commit();
-  }
-
-  __device__ void expand(const Segment& segment, int step, uint8_t* stage) const {
-    const int place = member_ / kStripThreads;
-    if (inside(segment.tile_n * kStrips + place, p_.w.strips)) weights_.expand(step, stage, place);
   }
 
   // Cells by ones or twos, never across the end of a group. A loop that is not unrolled, because its body is long.

@@ -74,7 +74,7 @@ class GradWarp {
       ptx::sync_block();
       fetch(segment, fetched, filled);
       if (!p_.w.plain) {
-        expand(segment, dynamic_shared() + read * layout_.bytes);
+        weights_.expand(step_of(segment, half_), dynamic_shared() + read * layout_.bytes, half_);
         ptx::sync_block();
       }
       multiply_strip(dynamic_shared() + read * layout_.bytes, sums);
@@ -151,11 +151,6 @@ class GradWarp {
       advance(slot);
     }
     ptx::cp_async_commit();
-  }
-
-  __device__ void expand(const Segment& segment, uint8_t* stage) const {
-    const int step = step_of(segment, half_);
-    if (inside(step * kStepCells, cells_)) weights_.expand(step, stage, half_);
   }
 
   // A fragments: 16 n of all tokens. A matrix of ldmatrix is 8 tokens x 8 n, in the order of A's registers.

@@ -86,7 +86,8 @@ class MatrixWarp {
         // Every thread's copies are here, and every warp is done with the stage refilled next.
         ptx::sync_block();
         if (!p_.w.plain) {
-          expand(step, dynamic_shared() + read * layout_.bytes);
+          fetched_strip_.expand(step, dynamic_shared() + read * layout_.bytes,
+                                static_cast<int>(threadIdx.x) / kStripThreads);
           ptx::sync_block();
         }
       }
@@ -176,11 +177,6 @@ class MatrixWarp {
       fetched_strip_.fetch(fetched_strip_.tile(fetched_, step), static_cast<uint32_t>(step) % 2,
                            step, stage, place);
     fetched_tokens_.fetch(fetched_tokens_.row(m0_, step), step, stage + layout_.x);
-  }
-
-  __device__ void expand(int step, uint8_t* stage) const {
-    if (inside(fetched_, p_.w.strips))
-      fetched_strip_.expand(step, stage, static_cast<int>(threadIdx.x) / kStripThreads);
   }
 
   __device__ void multiply_step(const uint8_t* stage, int step, Sums& sums) {

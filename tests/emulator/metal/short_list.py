@@ -38,6 +38,9 @@ INT3 = Spec("int3", "none", 128, "bfloat16")
 AFFINE = Spec("int4", "offset", 48, "float32")
 BLOCKS = Spec("fp8_e4m3", "none", 128, "float32", "block128")
 PERM = Spec("int4", "int", 32, "float16", has_perm=True)
+#: Scales that are no floats; and blocks of which an odd row has a column each, with no byte between scales and the strip's end.
+TWO_LEVELS = Spec("int4", "offset", 32, "uint6", "two_level", False, 8, "float16")
+COLUMNS = Spec("int4", "none", 64, "float32", "flat")
 
 #: (N, K): neither on a tile's end; K so long that two and four SIMD-groups share a strip; the second with an end that is no
 #: whole chunk.
@@ -110,7 +113,7 @@ def canonical(spec: Spec, N: int, K: int) -> Case:
             dirty[:, -1] |= 0xFF << K * spec.bits % 8 & 0xFF
         w = backend.ops.pack(dirty, *weight.tensors[1:], N, K, d)
         assert torch.equal(w, torch.ops.lowbit.pack(*weight.tensors, N, K, d)), "pack"
-        back = backend.ops.unpack(w, N, K, d)
+        back = backend.ops.unpack(w, N, K, d)[:4]
         for now, was in zip(back, weight.tensors, strict=True):
             assert now.numel() == 0 if was is None else memory.same_bits(now, was), "unpack"
         outputs = [w, *back]
@@ -150,6 +153,7 @@ def all_cases() -> tuple[Case, ...]:
         specs, dtypes = (INT4, INT3, AFFINE, BLOCKS), (BF16, torch.float32, torch.float16, BF16)
         listed += [gemm(kernel, *case[:2], *case[2], case[3]) for case in zip(specs, rows, SHAPES, dtypes, strict=True)]
         listed.append(any_input(kernel))
+        listed.append(gemm(kernel, TWO_LEVELS, 1, 10, 264, BF16))
     for kernel in problems.A8:
         tokens = tokens_of(kernel)
         listed.append(gemm_a8(kernel, INT4, "int8-asym", max(1, tokens - 1), 10, 1100))
@@ -162,6 +166,7 @@ def all_cases() -> tuple[Case, ...]:
         canonical(spec, N, K) for spec, N, K in ((PERM, 7, 301), (INT3, 5, 132), (AFFINE, 6, 104), (BLOCKS, 130, 264))
     ]
     listed.append(canonical(Spec("int3", "float", 8, "float16"), 3, 2061))
+    listed.append(gemm("general", COLUMNS, 1, 10, 455, torch.float32))
     listed += [
         activations(name, 3, K) for name, K in (("int8", 77), ("int8-asym", 520), ("fp8-g128", 300), ("fp8", 2056))
     ]
