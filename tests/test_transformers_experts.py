@@ -16,6 +16,7 @@ import lowbit
 from checkpoints import Layer, awq_gemm, gptq, gptq_config, named
 from hf import greedy, load, logits, save, store, transformers
 from lowbit import ArtifactError, QuantizedExperts, QuantizedLinear
+from lowbit.cli import main
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 UP, DOWN = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
@@ -208,6 +209,32 @@ def test_experts_that_are_kept_one_by_one(kind: str, family: str, tmp_path: Path
         tuple(m._shape) for m in found.values()
     }
     assert torch.equal(logits(report.model.eval()), logits(model))
+
+
+def test_an_artifact_that_was_made_from_files(tmp_path: Path) -> None:
+    """`lowbit quantize` works on the checkpoint's tensors, an expert's own; the model has one Parameter for all."""
+    folder = dense(tmp_path, "qwen3_moe")
+    out = tmp_path / "artifact"
+    asked = ["--scheme", "int4-g32", "--skip", "*.mlp.gate", "--quiet"]
+    assert main(["quantize", str(folder), "--out", str(out), *asked]) == 0
+    about = transformers.AutoConfig.from_pretrained(folder)
+
+    def make() -> Any:
+        return transformers.AutoModelForCausalLM.from_config(about, dtype=torch.float32)
+
+    model = lowbit.load_quantized(make, out).eval()
+    reference = load(folder, dtype=torch.float32)
+    lowbit.quantize_(reference, "int4-g32")
+    assert experts(model).keys() == experts(reference).keys() and len(experts(model)) == 4
+    for name, module in experts(model).items():
+        assert module.quantized_weight() == experts(reference)[name].quantized_weight(), name
+    assert torch.equal(logits(model), logits(reference))
+    again = lowbit.load_quantized(model, out)  # into experts that are quantized already
+    assert torch.equal(logits(again), logits(reference))
+    mixed = [*asked, "--override", "*.1.mlp.experts.2.up_proj=int8-g32"]
+    assert main(["quantize", str(folder), "--out", str(tmp_path / "mixed"), *mixed]) == 0
+    with pytest.raises(ArtifactError, match=r"gate_up_proj': its experts are int4-g32 .* and int8-g32 .*in one weight"):
+        lowbit.load_quantized(make, tmp_path / "mixed")
 
 
 def test_experts_whose_columns_are_in_another_order_each(tmp_path: Path) -> None:

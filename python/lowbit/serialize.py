@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar, cast
@@ -171,11 +172,16 @@ def load_quantized(
     """
     manifest = _artifact.read_manifest(directory)
     model = _make_model(model_or_factory, manifest)
+    stored, groups = manifest.layers, _expert_groups(model, manifest)
+    manifest = _join_experts(manifest, groups)
     replaced = _fit_layers(model, manifest)
     targets = _fit_tensors(model, manifest, replaced)
     with progress_bar("loading", sum(size for size, _ in manifest.files.values()), progress) as advance:
         tensors = _artifact.read_tensors(manifest, advance)
     wanted = None if device is None else torch.device(device)
+    for path, parts in groups.items():
+        joined = _joined_tensors(manifest, path, parts, stored, tensors)
+        tensors.update({f"{path}.weight_{name}": tensor for name, tensor in joined.tensors().items()})
     layers = {path: _make_layer(model, path, manifest, tensors, wanted) for path in manifest.layers}
     twins = _make_twins(model, replaced, layers)
     values = _make_values(model, targets, tensors, wanted)
@@ -234,6 +240,53 @@ def _parameters_on_meta() -> Iterator[None]:
 def _some(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+def _expert_groups(model: nn.Module, manifest: Manifest) -> dict[str, list[list[str]]]:
+    """Layers of single experts that the model keeps in one Parameter, as `lowbit quantize` of a checkpoint leaves them."""
+    from lowbit.formats._experts import known_groups  # imports this module
+
+    places = experts_parameters(model).keys() | {
+        path for path, module in model.named_modules() if isinstance(module, QuantizedExperts)
+    }
+    return known_groups(manifest.layers, lambda path: path in places and path not in manifest.layers)
+
+
+def _join_experts(manifest: Manifest, groups: Mapping[str, list[list[str]]]) -> Manifest:
+    """The manifest with such layers as one; ArtifactError where they differ."""
+    layers = dict(manifest.layers)
+    for path, parts in groups.items():
+        members = [[layers.pop(name) for name in part] for part in parts]
+        first, rows = members[0][0], 0
+        for part in members:
+            for one in part:
+                alike = one.scheme.same_storage(first.scheme) and one.has_perm == first.has_perm
+                if len(one.shape) != 2 or not alike or one.shape != (part[0].shape[0], first.shape[1]):
+                    raise ArtifactError(
+                        f"{manifest.directory}: {path!r}: its experts are {first.scheme} {list(first.shape)} and "
+                        f"{one.scheme} {list(one.shape)}, and the model keeps them in one weight"
+                    )
+            rows += part[0].shape[0]
+        layers[path] = Layer(first.scheme, (len(parts[0]), rows, first.shape[1]), first.has_perm)
+    return dataclasses.replace(manifest, layers=layers)
+
+
+def _joined_tensors(
+    manifest: Manifest, path: str, parts: list[list[str]], stored: Mapping[str, Layer], tensors: dict[str, Tensor]
+) -> ExpertWeights:
+    """The weights of experts, whose tensors are taken out of `tensors`."""
+
+    def one(name: str) -> QuantizedWeight:
+        layer, start = stored[name], len(f"{name}.weight_")
+        found = {full[start:]: tensors.pop(full) for full in layer.specs(name)}
+        return QuantizedWeight.from_tensors(found, layer.scheme, layer.shape)
+
+    try:
+        return ExpertWeights.stack(
+            (QuantizedWeight.cat([one(name) for name in expert]) for expert in zip(*parts, strict=True)), len(parts[0])
+        )
+    except ValueError as error:
+        raise ArtifactError(f"{manifest.directory}: {path!r}: {error}") from None
 
 
 def _fit_layers(model: nn.Module, manifest: Manifest) -> dict[str, str]:
