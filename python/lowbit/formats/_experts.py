@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from lowbit.experts import ExpertWeights
+from torch import nn
+
+from lowbit._places import experts_at
+from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.formats._record import ExpertsRecord, LinearRecord, Plan, PlannedLinear
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["Groups", "join", "known_groups"]
+__all__ = ["Groups", "experts_shape", "join", "known_groups", "with_experts"]
 
 #: Name of the joined layer -> for each part along N, the layers of experts 0, 1, ...
 Groups = Mapping[str, Sequence[Sequence[str]]]
@@ -66,6 +69,27 @@ def join(plan: Plan, groups: Groups) -> Plan:
         members = [[layers.pop(one) for one in part] for part in parts]
         layers[name] = _joined(plan, name, parts, members)
     return Plan(plan.where, plan.format, plan.variant, layers, plan.tensors)
+
+
+def with_experts(plan: Plan, names: dict[str, str], model: nn.Module) -> tuple[Plan, dict[str, str]]:
+    """The plan with the layers of experts joined that the model keeps in one Parameter, and the names that go with it."""
+    old = {new: name for name, new in names.items() if name in plan.layers}
+    groups = known_groups(old, lambda path: path not in old and experts_shape(model, path) is not None)
+    members = {new for parts in groups.values() for part in parts for new in part}
+    joined = join(plan, {path: [[old[new] for new in part] for part in parts] for path, parts in groups.items()})
+    kept = {name: new for name, new in names.items() if new not in members}
+    return joined, kept | {path: path for path in groups}
+
+
+def experts_shape(model: nn.Module, path: str) -> tuple[int, ...] | None:
+    """(E, N, K) of the experts at a path, quantized or not; None where there are none."""
+    if (found := experts_at(model, path)) is not None:
+        return found.shape
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return module._shape if isinstance(module, QuantizedExperts) else None
 
 
 def _joined(

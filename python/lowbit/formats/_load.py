@@ -15,8 +15,7 @@ from lowbit._places import embeds, experts_at, features, replace_module, tied_li
 from lowbit._progress import progress_bar
 from lowbit.embedding import QuantizedEmbedding
 from lowbit.errors import ArtifactError
-from lowbit.experts import QuantizedExperts
-from lowbit.formats._experts import join, known_groups
+from lowbit.formats._experts import experts_shape, with_experts
 from lowbit.formats._record import KV_SCALES, ExpertsRecord, Plan
 from lowbit.formats._registry import open_plan
 from lowbit.integrations import announce
@@ -143,7 +142,7 @@ def load_checkpoint(
             if not isinstance(model, nn.Module):
                 with _parameters_on_meta():
                     model = model()
-            plan, names = _with_experts(plan, names, model)
+            plan, names = with_experts(plan, names, model)
             fit = _Fit(model, plan, names)
             fit.check(strict)
         contents = _Contents(plan, fit, None if device is None else torch.device(device), dtype)
@@ -168,27 +167,6 @@ def _renamed(plan: Plan, rename: Callable[[str], str | None] | None) -> dict[str
             raise ValueError(f"rename gives {name!r} and {taken[new]!r} the same name {new!r}")
         found[name], taken[new] = new, name
     return found
-
-
-def _with_experts(plan: Plan, names: dict[str, str], model: nn.Module) -> tuple[Plan, dict[str, str]]:
-    """The plan with the layers of experts joined that the model keeps in one Parameter, and the names that go with it."""
-    old = {new: name for name, new in names.items() if name in plan.layers}
-    groups = known_groups(old, lambda path: path not in old and _experts_shape(model, path) is not None)
-    members = {new for parts in groups.values() for part in parts for new in part}
-    joined = join(plan, {path: [[old[new] for new in part] for part in parts] for path, parts in groups.items()})
-    kept = {name: new for name, new in names.items() if new not in members}
-    return joined, kept | {path: path for path in groups}
-
-
-def _experts_shape(model: nn.Module, path: str) -> tuple[int, ...] | None:
-    """(E, N, K) of the experts at a path, quantized or not; None where there are none."""
-    if (found := experts_at(model, path)) is not None:
-        return found.shape
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return None
-    return module._shape if isinstance(module, QuantizedExperts) else None
 
 
 def _common_dtype(plan: Plan) -> torch.dtype | None:
@@ -344,7 +322,7 @@ class _Fit:
         return True
 
     def _fit_experts(self, name: str, shape: tuple[int, ...]) -> None:
-        found = _experts_shape(self.model, name)
+        found = experts_shape(self.model, name)
         if found is None:
             self.unused[name] = "the model has no such layer"
             return

@@ -25,16 +25,14 @@ from lowbit._packed import PackedModule
 from lowbit._places import ExpertsParameter, embeds, experts_at, features, replace_module
 from lowbit.embedding import QuantizedEmbedding
 from lowbit.errors import ArtifactError
-from lowbit.experts import QuantizedExperts
 from lowbit.formats._experts import join, known_groups
 from lowbit.formats._load import _linear_shape
 from lowbit.formats._record import ExpertsRecord, LinearRecord
 from lowbit.formats._registry import open_plan
-from lowbit.linear import QuantizedLinear
 from lowbit.report import LayerReport, QuantizeReport
 from lowbit.scheme import Scheme
 
-__all__ = ["Checkpoint", "Dense", "PendingLinear", "dequantize_experts", "dequantized_embedding", "dequantized_linear"]
+__all__ = ["Checkpoint", "Dense", "PendingLinear"]
 
 #: What a tensor that a layer is made of is renamed to, where Transformers has nothing to do with it.
 _TAKEN: Final = "lowbit-source:"
@@ -472,41 +470,3 @@ class Checkpoint(_Work):
         super().finish()
         if left := [place.name for key, place in self._places.items() if key not in self._read]:
             raise ArtifactError(f"{self.plan.where}: Transformers did not ask for {', '.join(left[:5])}")
-
-
-def dequantize_experts(model: nn.Module, path: str, layer: QuantizedExperts, dtype: torch.dtype) -> None:
-    """Put the Parameter that a QuantizedExperts stands for back into the model."""
-    parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent)
-    dense = layer.quantized_weight().dequantize(dtype)
-    if getattr(owner, "is_transposed", False):
-        dense = dense.transpose(1, 2).contiguous()
-    del owner._modules[name]
-    owner.register_parameter(name, nn.Parameter(dense, requires_grad=False))
-
-
-def dequantized_embedding(layer: QuantizedEmbedding, dtype: torch.dtype) -> nn.Embedding:
-    """An nn.Embedding with the rows that a QuantizedEmbedding stands for."""
-    with torch.device("meta"):
-        made = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
-    made.weight = nn.Parameter(layer.quantized_weight().dequantize(dtype), requires_grad=False)
-    return made.train(layer.training)
-
-
-def dequantized_linear(layer: QuantizedLinear, dtype: torch.dtype, shared: nn.Parameter | None = None) -> nn.Linear:
-    """An nn.Linear with the weights that a QuantizedLinear stands for; its inputs are not quantized.
-
-    Args:
-        shared: the dense weight, where it is there already.
-    """
-    if shared is None:
-        weight = layer.quantized_weight().dequantize()
-        if layer.input_pre_scale is not None:
-            weight = weight * layer.input_pre_scale
-        shared = nn.Parameter(weight.to(dtype), requires_grad=False)
-    with torch.device("meta"):
-        made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    made.weight = shared
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
-    return made.train(layer.training)

@@ -27,8 +27,9 @@ from lowbit._places import replace_module
 from lowbit.embedding import QuantizedEmbedding
 from lowbit.experts import QuantizedExperts
 from lowbit.formats.native import METHOD, VERSION
+from lowbit.integrations._dense import dequantize_experts, dequantized_embedding, dequantized_linear
 from lowbit.integrations._experts import restore, switch
-from lowbit.integrations._layers import Checkpoint, Dense, dequantize_experts, dequantized_embedding, dequantized_linear
+from lowbit.integrations._layers import Checkpoint, Dense
 from lowbit.linear import QuantizedLinear
 from lowbit.report import QuantizeReport
 from lowbit.scheme import Scheme
