@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lowbit import _C, _cuda
+from lowbit import _C, _cuda, _metal
 from lowbit._checks import check, check_device, check_float, check_packed, dtype_name, parse
 
 __all__ = ["embedding"]
@@ -84,4 +84,5 @@ def _dense(w: Tensor, N: int, K: int, desc: int, out_dtype: torch.dtype) -> Tens
 
 if _cuda.loaded():
     torch.library.impl("lowbit::embedding", "CUDA", gather_strips)
-torch.library.impl("lowbit::embedding", "MPS", gather_strips)
+if _metal.loaded():
+    torch.library.impl("lowbit::embedding", "MPS", gather_strips)

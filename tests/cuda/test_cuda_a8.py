@@ -10,43 +10,12 @@ import torch
 
 import cases
 import reference
-from lowbit import ops
+from kernel_cases import ACTIVATIONS, Quantized, quantized
+from kernel_cases import expected_a8 as expected
 from problems import A8, cuda_desc, forced, group_sizes, on, pack
 from reference import Spec, Weight
 
-#: format, group size, symmetric.
-ACTIVATIONS = {
-    "int8": (cases.INT8, -1, True),
-    "int8-asym": (cases.INT8, -1, False),
-    "int8-g128": (cases.INT8, -1, True),
-    "fp8": (cases.FP8, -1, True),
-    "fp8-g128": (cases.FP8, 128, True),
-}
-Quantized = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 SHAPES = ((130, 320), (63, 136), (65, 100), (1, 16), (64, 128), (200, 24))
-
-
-def quantized(activation: str, M: int, K: int) -> tuple[Quantized, int]:
-    """x as the op takes it, and its group size. int8 with a scale per 128 of K is not made by our quantizer, but taken."""
-    format, group, symmetric = ACTIVATIONS[activation]
-    q, s, z = ops.quantize_activation(cases.random_x(M, K) + 0.25, format, group, symmetric=symmetric)
-    if activation == "int8-g128":
-        groups = -(-K // 128)
-        s = s * torch.linspace(0.5, 2, groups)
-        group = -1 if groups == 1 else 128
-    return (q, s.contiguous(), z), group
-
-
-def expected(
-    weight: Weight, a: Quantized, group: int, bias: torch.Tensor | None, out: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product in fp64 and its bound: codes are exact, so only fp32 sums and scales round."""
-    xd, W = reference.dequantize_activation(*a, group), weight.dense().double()
-    y, size = xd @ W.t(), xd.abs() @ W.abs().t()
-    if bias is not None:
-        y, size = y + bias.double(), size + bias.double().abs()
-    within = (weight.K + 6) * reference.UNIT[torch.float32] * size
-    return y, within + reference.UNIT[out] * (y.abs() + within) + 1e-30
 
 
 def gemm_a8(

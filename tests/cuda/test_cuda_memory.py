@@ -6,7 +6,6 @@ sign and payload, which IEEE 754 leaves to the device.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 import cases
 import reference
 from cases import FP8, INT8, KINDS, SCALE_DTYPES, desc, fits, random_weight
+from kernel_cases import any_codes, same_bits, same_but_nan
 from problems import cuda_desc, on
 from reference import Spec, Weight
 
@@ -25,20 +25,6 @@ ORDERS = ("forward", "reverse", "random")
 GROUP_SIZES = (8, 16, 24, 32, 64, 128, 256, -1)
 #: On every side of what the kernels count in: 8 codes, 16 bytes, 64 rows, 128 k, 1024 units per block.
 SHAPES = ((1, 1), (7, 15), (17, 31), (33, 64), (63, 100), (65, 130), (100, 136), (130, 257), (70, 520), (3, 2050))
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(
-        a.cpu().view(INTEGERS[a.element_size()]), b.view(INTEGERS[b.element_size()])
-    )
-
-
-def same_but_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """NaN for NaN, and otherwise the same bits."""
-    a = a.cpu()
-    nan = b.isnan()
-    return torch.equal(a.isnan(), nan) and same_bits(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
 
 
 def specs(kind: str) -> Iterator[tuple[Spec, int, int]]:
@@ -50,13 +36,6 @@ def specs(kind: str) -> Iterator[tuple[Spec, int, int]]:
         for j in range(2):
             N, K = shapes[(turn + i + 5 * j) % len(shapes)]
             yield Spec(format, zero_kind, group_size, SCALE_DTYPES[(turn + i + j) % 3], scaling, (i + j) % 2 == 0), N, K
-
-
-def any_codes(spec: Spec, N: int, K: int) -> Weight:
-    """A weight with every code among its own, NaN codes too."""
-    codes = cases.rng(spec, N, K).integers(0, 2**spec.bits, (N, K))
-    stream = torch.from_numpy(reference.pack_stream(codes, spec.bits))
-    return dataclasses.replace(random_weight(spec, N, K), codes=codes, packed=stream)
 
 
 def moved(backend: Any, w: Weight) -> list[torch.Tensor | None]:

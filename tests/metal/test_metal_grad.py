@@ -9,21 +9,14 @@ import torch
 
 import cases
 import reference
+from kernel_cases import expected_grad as expected
 from metal_problems import GRAD, forced, group_sizes, metal_desc, on, pack
-from reference import UNIT, Spec
+from reference import Spec
 
 
 def grad(metal: Any, dy: torch.Tensor, spec: Spec, N: int, K: int, flags: int = 0) -> torch.Tensor:
     w = pack(metal, cases.random_weight(spec, N, K))
     return metal.ops.gemm_grad_input(on(metal, dy), w, N, K, metal_desc(spec), flags).cpu()
-
-
-def expected(dy: torch.Tensor, spec: Spec, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
-    W = cases.dense(spec, N, K).t().contiguous()
-    y, bound = reference.product(dy, W, None, 0.0 if dy.dtype == torch.float32 else UNIT[dy.dtype], dy.dtype)
-    if dy.dtype == torch.float16:  # weights below fp16's range are rounded to a multiple of 2^-24
-        bound = bound + 2.0**-25 * dy.double().abs().sum(-1, keepdim=True)
-    return y, bound
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=["f32", "bf16", "f16"])

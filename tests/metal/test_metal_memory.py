@@ -5,7 +5,6 @@ Where a result is NaN, it is NaN on both; its sign and payload are the device's.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import cases
 import reference
 from cases import FP8, INT8, KINDS, SCALE_DTYPES, desc, fits, random_weight
+from kernel_cases import any_codes, same_bits, same_but_nan
 from metal_problems import BACKEND, metal_desc, on
 from reference import Spec, Weight
 
@@ -24,20 +24,6 @@ ORDERS = ("forward", "reverse", "random")
 GROUP_SIZES = (8, 16, 24, 32, 64, 128, 256, -1)
 #: On every side of what the kernels count in: 8 codes, 16 bytes, 4 rows, 256 threads of 8 k.
 SHAPES = ((1, 1), (7, 15), (5, 31), (33, 64), (10, 100), (130, 257), (3, 2056))
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(
-        a.cpu().view(INTEGERS[a.element_size()]), b.view(INTEGERS[b.element_size()])
-    )
-
-
-def same_but_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """NaN for NaN, and otherwise the same bits."""
-    a = a.cpu()
-    nan = b.isnan()
-    return torch.equal(a.isnan(), nan) and same_bits(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
 
 
 def specs(kind: str) -> Iterator[tuple[Spec, int, int]]:
@@ -48,13 +34,6 @@ def specs(kind: str) -> Iterator[tuple[Spec, int, int]]:
         shapes = [s for s in SHAPES if scaling == "block128" or fits(group_size, s[1])]
         N, K = shapes[(turn + i) % len(shapes)]
         yield Spec(format, zero_kind, group_size, SCALE_DTYPES[(turn + i) % 3], scaling, i % 2 == 0), N, K
-
-
-def any_codes(spec: Spec, N: int, K: int) -> Weight:
-    """A weight with every code among its own, NaN codes too."""
-    codes = cases.rng(spec, N, K).integers(0, 2**spec.bits, (N, K))
-    stream = torch.from_numpy(reference.pack_stream(codes, spec.bits))
-    return dataclasses.replace(random_weight(spec, N, K), codes=codes, packed=stream)
 
 
 def moved(metal: Any, w: Weight) -> list[torch.Tensor | None]:

@@ -154,6 +154,7 @@ def all_cases() -> tuple[Case, ...]:
         listed += [gemm(kernel, *case[:2], *case[2], case[3]) for case in zip(specs, rows, SHAPES, dtypes, strict=True)]
         listed.append(any_input(kernel))
         listed.append(gemm(kernel, TWO_LEVELS, 1, 10, 264, BF16))
+    listed.append(gemm("general", cases.SCALED["nested"][0], 3, 11, 51, BF16))  # blocks that run across rows
     for kernel in problems.A8:
         tokens = tokens_of(kernel)
         listed.append(gemm_a8(kernel, INT4, "int8-asym", max(1, tokens - 1), 10, 1100))
