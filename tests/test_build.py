@@ -342,6 +342,22 @@ def test_files_without_code_for_one_architecture_are_compiled_once(tmp_path, arc
     assert "-DLOWBIT_ONE_PASS" not in each.read_text()
 
 
+@pytest.mark.parametrize(("archs", "is_there"), [("80;90a", True), ("80;90-ptx", False)])
+def test_files_for_hopper_are_compiled_for_90a_alone_or_left_out(tmp_path, archs, is_there):
+    nvcc = fake_nvcc(tmp_path, "13.0", works=True)
+    status, output = configure(tmp_path, "-DLOWBIT_CUDA=ON", f"-DLOWBIT_CUDA_ARCHS={archs}", CUDACXX=str(nvcc))
+    assert status == 0, output
+    ninja = (tmp_path / "build" / "build.ninja").read_text()
+    (options,) = (tmp_path / "build" / "lowbit_cuda").glob("*.hopper.options")
+    (once,) = (tmp_path / "build" / "lowbit_cuda").glob("*.once.options")
+    assert ("lowbit_cuda/hopper_stream.o" in ninja) == is_there
+    assert ("-DLOWBIT_HOPPER" in once.read_text()) == is_there  # runtime.cu, which says so to selection
+    assert ("-DLOWBIT_HOPPER" in ninja) == is_there  # the op boundary, which calls them
+    if is_there:
+        assert gencode(options) == ["90a=sm_90a"]
+        assert "--no-compress" in options.read_text()
+
+
 @pytest.mark.parametrize("archs", ["sm_90", "90,banana"])
 def test_build_names_a_wrong_architecture(tmp_path, archs):
     nvcc = fake_nvcc(tmp_path, "13.0")
