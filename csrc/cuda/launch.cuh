@@ -35,7 +35,8 @@ void launch_with(const LaunchOptions& options, const char* name, void (*kernel)(
   config.stream = static_cast<cudaStream_t>(stream);
   // Devices below 9.0 know neither.
   config.attrs = options.cluster > 1 ? attributes : attributes + 1;
-  config.numAttrs = (options.cluster > 1 ? 1u : 0u) + (options.dependent ? 1u : 0u);
+  config.numAttrs =
+      (options.cluster > 1 ? 1u : 0u) + (options.dependent && dependent_launches() ? 1u : 0u);
   const cudaError_t status =
       cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
   check_launch(name, static_cast<int>(status));

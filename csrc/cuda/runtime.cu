@@ -5,6 +5,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <shared_mutex>
@@ -70,6 +72,14 @@ const DeviceInfo& device_info(int device) {
                kMaxDevices - 1);
   std::call_once(asked[device], [device] { known[device] = ask(device); });
   return known[device];
+}
+
+bool dependent_launches() {
+  static const bool allowed = [] {
+    const char* value = std::getenv("LOWBIT_DEPENDENT_LAUNCH");
+    return value == nullptr || std::strcmp(value, "0") != 0;
+  }();
+  return allowed;
 }
 
 int driver_version() {

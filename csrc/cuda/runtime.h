@@ -24,6 +24,9 @@ struct LaunchOptions {
   int64_t depends_bytes = 0;
 };
 
+// Whether launches may be dependent: LOWBIT_DEPENDENT_LAUNCH=0 says no.
+bool dependent_launches();
+
 // What selection must know of a device; asked once per device and kept.
 struct DeviceInfo {
   int capability;  // 80, 86, 89, 90, 120, ...
