@@ -122,6 +122,10 @@ class _Cells:
         mine, other = self.row(name, M), self.row(to, M)
         return "" if mine is None or other is None else _number(other["median_us"] / mine["median_us"], mine, other)
 
+    def ratios(self, name: str, to: str) -> str:
+        """The same for every M, as cells of a row."""
+        return " | ".join(self.ratio(name, M, to) for M in self.Ms)
+
     def best(self, kind: str, M: int) -> Row | None:
         """The fastest of the others that do the same work."""
         rows = [r for r in self.rows if r["baseline"] and r["kind"] == kind and r["M"] == M]
@@ -134,11 +138,9 @@ def _head(first: str, Ms: Sequence[int]) -> list[str]:
 
 
 def _readme(record: Record) -> list[str]:
-    result = _suite(record, "peers")
-    shape = result["rows"][0]["shape"]
-    cells = _Cells(result, shape, 1)
+    cells, where = _one_shape(record, "peers")
     lines = [
-        f"How many times as fast as `F.linear` in bf16: {_where(result, shape, 1)}. W4A8: 4-bit weights, inputs quantized to 8 "
+        f"How many times as fast as `F.linear` in bf16: {where}. W4A8: 4-bit weights, inputs quantized to 8 "
         f"bits, which is part of the time. {_PARENTHESES}",
         "",
         *_head(" | ", cells.Ms),
@@ -146,9 +148,7 @@ def _readme(record: Record) -> list[str]:
     for kind in KINDS:
         for name in cells.names(baseline=False):
             if cells.kind(name) == kind:
-                lines.append(
-                    f"| {kind} | `{name}` | {' | '.join(cells.ratio(name, M, 'torch-bf16') for M in cells.Ms)} |"
-                )
+                lines.append(f"| {kind} | `{name}` | {cells.ratios(name, 'torch-bf16')} |")
         best = [cells.best(kind, M) for M in cells.Ms]
         shown = [
             "" if r is None else cells.ratio(r["name"], M, "torch-bf16") for r, M in zip(best, cells.Ms, strict=True)
@@ -171,7 +171,7 @@ def _peers(record: Record, threads: int) -> list[str]:
     for name in (*cells.names(baseline=False), *cells.names(baseline=True)):
         errors = [r["error"] for r in cells.rows if r["name"] == name and r["error"] is not None]
         error = f"{statistics.median(errors):.2g}" if errors else ""
-        ratios = " | ".join(cells.ratio(name, M, "torch-bf16") for M in cells.Ms)
+        ratios = cells.ratios(name, "torch-bf16")
         lines.append(f"| `{name}` | {cells.kind(name)} | {error} | {ratios} |")
     lines[2] = lines[2].replace("|  | error |  |", "| contender | work | error |")
     missing = [f"`{entry['name']}`: {entry['why']}" for entry in result["absent"]]
@@ -199,37 +199,40 @@ def _shapes(record: Record) -> list[str]:
     return lines
 
 
-def _formats(record: Record) -> list[str]:
-    result = _suite(record, "formats")
+def _one_shape(record: Record, suite: str) -> tuple[_Cells, str]:
+    """The cells of a suite that times one shape on one thread, and where that was."""
+    result = _suite(record, suite)
     shape = result["rows"][0]["shape"]
-    cells = _Cells(result, shape, 1)
+    return _Cells(result, shape, 1), _where(result, shape, 1)
+
+
+def _formats(record: Record) -> list[str]:
+    cells, where = _one_shape(record, "formats")
     lines = [
         f"Times as fast as `F.linear` in bf16, and at M = 1 the share of the roofline, which there is the time to read the "
-        f"weight: {_where(result, shape, 1)}. {_PARENTHESES}",
+        f"weight: {where}. {_PARENTHESES}",
         "",
         *_head("scheme | MB | roofline", cells.Ms),
     ]
     for name in cells.names(baseline=False):
         one = cells.row(name, cells.Ms[0])
         if one is not None:
-            ratios = " | ".join(cells.ratio(name, M, "torch-bf16") for M in cells.Ms)
+            ratios = cells.ratios(name, "torch-bf16")
             share = _number(one["roofline_percent"], one, digits=0)
             lines.append(f"| `{name}` | {one['bytes'] / 1e6:.1f} | {share}% | {ratios} |")
     return lines
 
 
 def _batch_invariant(record: Record) -> list[str]:
-    result = _suite(record, "batch-invariant")
-    shape = result["rows"][0]["shape"]
-    cells = _Cells(result, shape, 1)
+    cells, where = _one_shape(record, "batch-invariant")
     lines = [
-        f"Time with `batch_invariant`, divided by the time without: {_where(result, shape, 1)}. {_PARENTHESES}",
+        f"Time with `batch_invariant`, divided by the time without: {where}. {_PARENTHESES}",
         "",
         *_head("scheme", cells.Ms),
     ]
     for name in cells.names(baseline=False):
         if not name.endswith(" batch-invariant"):
-            ratios = " | ".join(cells.ratio(name, M, f"{name} batch-invariant") for M in cells.Ms)
+            ratios = cells.ratios(name, f"{name} batch-invariant")
             lines.append(f"| `{name}` | {ratios} |")
     return lines
 
@@ -276,7 +279,7 @@ def _small(record: Record) -> list[str]:
             cells = _Cells(result, shape, count)
             head = head or _head("W | threads | scheme", cells.Ms)
             for name in cells.names(baseline=False):
-                ratios = " | ".join(cells.ratio(name, M, "torch-fp32") for M in cells.Ms)
+                ratios = cells.ratios(name, "torch-fp32")
                 head.append(f"| {shape[0]} x {shape[1]} | {count} | `{name}` | {ratios} |")
     return lines + (head or [])
 

@@ -21,7 +21,7 @@ from lowbit.formats._contents import EXPERTS, open_artifact, open_dense, source_
 from lowbit.formats._record import LinearRecord, PlannedTensor
 from lowbit.formats._registry import open_plan
 from lowbit.formats._writer import Contents
-from lowbit.report import format_bytes, format_table
+from lowbit.report import Report, error_cells, format_bytes, format_shape, format_table
 from lowbit.weight import QuantizedWeight
 
 __all__ = ["Comparison", "LayerComparison", "compare_checkpoints"]
@@ -55,7 +55,7 @@ class LayerComparison:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(Report):
     """What compare_checkpoints found. `print(comparison)` shows tables; `to_dict()` is JSON.
 
     Args:
@@ -78,22 +78,16 @@ class Comparison:
     bytes_b: int
     outputs: OutputComparison | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every number, as plain JSON values."""
-        return dataclasses.asdict(self)
-
     def __str__(self) -> str:
         rows = [
             (
                 layer.name,
                 layer.a,
                 layer.b,
-                f"{layer.shape[0]} x {layer.shape[1]}",
+                format_shape(layer.shape),
                 format_bytes(layer.bytes_a),
                 format_bytes(layer.bytes_b),
-                "0" if layer.relative_error == 0 else f"{layer.relative_error:.2e}",
-                f"{layer.largest_error:.2g}",
-                f"{layer.sqnr_db:.1f}",
+                *error_cells(layer.relative_error, layer.largest_error, layer.sqnr_db),
             )
             for layer in self.layers
         ]

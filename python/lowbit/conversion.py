@@ -24,7 +24,7 @@ from lowbit.formats._gguf_split import GGUFFiles
 from lowbit.formats._record import PlannedTensor
 from lowbit.formats._writer import Contents, PlannedLayer, WriteOptions, Writer
 from lowbit.formats._writers import writer
-from lowbit.report import LayerReport, format_bytes, format_table
+from lowbit.report import LayerReport, Report, error_cells, format_bytes, format_shape, format_table
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
 
@@ -52,7 +52,7 @@ class ConvertedLayer(LayerReport):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConversionReport:
+class ConversionReport(Report):
     """What convert_checkpoint did. `print(report)` shows a table; `to_dict()` is JSON.
 
     Args:
@@ -71,22 +71,16 @@ class ConversionReport:
     bytes_after: int
     notes: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every number, as plain JSON values."""
-        return dataclasses.asdict(self)
-
     def __str__(self) -> str:
         rows = [
             (
                 layer.name,
                 layer.source,
                 layer.scheme,
-                f"{layer.shape[0]} x {layer.shape[1]}",
+                format_shape(layer.shape),
                 format_bytes(layer.bytes_before),
                 format_bytes(layer.bytes_after),
-                "0" if layer.relative_error == 0 else f"{layer.relative_error:.2e}",
-                f"{layer.largest_error:.2g}",
-                f"{layer.sqnr_db:.1f}",
+                *error_cells(layer.relative_error, layer.largest_error, layer.sqnr_db),
             )
             for layer in self.layers
         ]

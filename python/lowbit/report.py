@@ -7,7 +7,25 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["LayerReport", "QuantizeReport", "SkippedParameter", "format_bytes", "format_table"]
+__all__ = [
+    "LayerReport",
+    "QuantizeReport",
+    "Report",
+    "SkippedParameter",
+    "error_cells",
+    "format_bytes",
+    "format_shape",
+    "format_table",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the reports have in common."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, as plain JSON values."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +64,7 @@ class SkippedParameter:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeReport:
+class QuantizeReport(Report):
     """What quantize_ returns. `print(report)` shows a table; `to_dict()` is JSON.
 
     Args:
@@ -65,16 +83,12 @@ class QuantizeReport:
     bytes_before: int
     bytes_after: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every number, as plain JSON values."""
-        return dataclasses.asdict(self)
-
     def __str__(self) -> str:
         rows = [
             (
                 layer.name or "(the model)",
                 layer.scheme,
-                " x ".join(map(str, layer.shape)),
+                format_shape(layer.shape),
                 format_bytes(layer.bytes_before),
                 format_bytes(layer.bytes_after),
                 f"{layer.relative_error:.2e}",
@@ -109,6 +123,26 @@ def format_bytes(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    """A weight's shape for people.
+
+    Example:
+        >>> format_shape((64, 256))
+        '64 x 256'
+    """
+    return " x ".join(map(str, shape))
+
+
+def error_cells(relative: float, largest: float, sqnr_db: float) -> tuple[str, str, str]:
+    """The errors of a layer as three cells of a table; a layer without any change shows a 0.
+
+    Example:
+        >>> error_cells(0.0, 0.0, float("inf"))
+        ('0', '0', 'inf')
+    """
+    return "0" if relative == 0 else f"{relative:.2e}", f"{largest:.2g}", f"{sqnr_db:.1f}"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int, wide: bool = False) -> str:

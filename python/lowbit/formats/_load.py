@@ -20,7 +20,7 @@ from lowbit.formats._record import KV_SCALES, ExpertsRecord, Plan
 from lowbit.formats._registry import open_plan
 from lowbit.integrations import announce
 from lowbit.linear import QuantizedLinear
-from lowbit.report import format_bytes, format_table
+from lowbit.report import format_bytes, format_shape, format_table
 from lowbit.serialize import _parameters_on_meta
 
 __all__ = ["CheckpointReport", "LoadedLayer", "load_checkpoint"]
@@ -82,8 +82,7 @@ class CheckpointReport:
 
     def __str__(self) -> str:
         rows = [
-            (layer.name, layer.scheme, " x ".join(map(str, layer.shape)), format_bytes(layer.nbytes))
-            for layer in self.layers
+            (layer.name, layer.scheme, format_shape(layer.shape), format_bytes(layer.nbytes)) for layer in self.layers
         ]
         lines = [format_table(("layer", "scheme", "N x K", "size"), rows, left=2)]
         for head, listed in (("not used", [f"{n} ({why})" for n, why in self.unused]), ("missing", list(self.missing))):
