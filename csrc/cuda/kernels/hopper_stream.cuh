@@ -290,6 +290,7 @@ __global__ void __launch_bounds__(kTiles[kTile].threads() + 32, kTiles[kTile].bl
   }
   ptx::sync_block();
   if (warp < warps) add_turns<tokens, warps>(p, share, ring, warp, lane);
+  ptx::grid_wait();  // for the bias, which these threads read themselves
   if (p.cluster > 1) ptx::sync_cluster();
   if (warp < warps) store_ranks<tokens, warps>(p, share, ring, warp, lane);
   if (p.cluster > 1) {  // a block's sums are there until all have read them
