@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -125,6 +126,42 @@ def test_ten_thousand_calls_in_flat_memory() -> None:
             call()
         grown = _resident_bytes() - before
         assert grown < 2 << 20, f"{name}: {grown} bytes in {repeats.get(name, 2000)} calls"
+
+
+def _mappings() -> dict[range, set[str]]:
+    """Addresses of this process, and the kernel's flags for them."""
+    found: dict[range, set[str]] = {}
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                last = range(int(match[1], 16), int(match[2], 16))
+            elif line.startswith("VmFlags:"):
+                found[last] = set(line.split()[1:])
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="reads /proc")
+def test_large_weights_ask_for_huge_pages() -> None:
+    """All whole huge pages of them (flag hg); nothing is left mapped when the weight is gone."""
+    page = 2 << 20
+    spec = Spec("int8", "none", -1)
+    stream, scales, zeros = ops.quantize(torch.randn(2400, 1024), desc(spec))
+    w = ops.pack(stream, scales, zeros, None, 2400, 1024, cpu_desc(spec))
+    begin, size = w.data_ptr(), w.nbytes
+    assert begin % page == 0 and size > page
+    here = {span: flags for span, flags in _mappings().items() if begin in span or begin + size - 1 in span}
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+        pytest.skip("a kernel without transparent huge pages")
+    assert any("hg" in flags and begin in span and begin + page - 1 in span for span, flags in here.items())
+    for _ in range(3):
+        assert torch.equal(ops.pack(stream, scales, zeros, None, 2400, 1024, cpu_desc(spec)), w)
+    assert all(
+        torch.equal(a, b) for a, b in zip(ops.unpack(w, 2400, 1024, cpu_desc(spec))[:2], (stream, scales), strict=True)
+    )
+    before = _resident_bytes()
+    for _ in range(20):
+        ops.pack(stream, scales, zeros, None, 2400, 1024, cpu_desc(spec))
+    assert _resident_bytes() - before < 2 * page
 
 
 @pytest.mark.parametrize("N", [16, 2048], ids=["one strip", "many strips"])

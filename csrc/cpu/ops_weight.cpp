@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "cpu/weight.h"
+#include "cpu/weight_memory.h"
 #include "formats/format_table.h"
 #include "op_namespace.h"
 #include "packing/cuda_tile64.h"
@@ -199,7 +200,7 @@ void for_each_strip(const Tile& tile, int rows, int64_t scratch_bytes, const Bod
 template <class Tile, class Pack>
 Tensor pack_strips(const CanonicalTensors& c, const Tile& tile, int rows, int64_t scratch_bytes,
                    const Pack& pack) {
-  Tensor out = empty_on(cpu_place(), {tile.total_bytes}, ScalarType::Byte);
+  Tensor out = empty_weight(tile.total_bytes);
   uint8_t* to = data_of<uint8_t>(out);
   for_each_strip(tile, rows, scratch_bytes, [&](int64_t strip, uint8_t* scratch) {
     pack(strip, to + strip * tile.strip_bytes, scratch);

@@ -138,7 +138,10 @@ def make_scheme(
     layout = _C.preferred_layout(target.name, scheme.desc())
     desc = scheme.desc(layout)
     flags = _C.enums()["flags"]["batch_invariant"] if batch_invariant else 0
-    copies = copy_tensors((quantized.pack(layout).to(target.device),), warm)
+    first = quantized.pack(layout).to(target.device)
+    # Each is packed, because `pack` chooses the memory: a clone lies where torch's allocator puts it.
+    more = range(copies_for(first.nbytes, warm, first.device.type) - 1)
+    copies = [(first,)] + [(quantized.pack(layout).to(target.device),) for _ in more]
     gemm, quantize, gemm_a8 = (getattr(target.ops, n).default for n in ("gemm", "quantize_activation", "gemm_a8"))
     if scheme.activation is None:
         op, asked = "gemm", str(dtype)

@@ -6,7 +6,9 @@ hits everybody alike. Weights are used in rotation, so that each one has left th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import mmap
 import os
 import random
 import re
@@ -228,7 +230,12 @@ def measure_roofline(threads: int, size: int | None = None, target: Target | Non
     target = target or find_target("cpu")
     if size is None:
         size = min(max(4 * cache_bytes(target.name), 128 << 20), 1 << 30)
-    x = torch.randn(size // 4, device=target.device)
+    on_cpu = target.device.type == "cpu"
+    x = (
+        _huge_pages(size // 4 * 4).view(torch.float32).normal_()
+        if on_cpu
+        else torch.randn(size // 4, device=target.device)
+    )
     half = x.numel() // 2
     reads: list[Callable[[], object]] = [
         lambda: torch.dot(x[:half], x[half : 2 * half]),
@@ -238,6 +245,15 @@ def measure_roofline(threads: int, size: int | None = None, target: Target | Non
     ]
     read = max(x.nbytes / _best(way, 4, target) for way in reads)
     return Roofline(threads, read, {name: _matmul_peak(name, target) for name in ("float32", "bfloat16", "int8")})
+
+
+def _huge_pages(size: int) -> torch.Tensor:
+    """uint8 [size], in huge pages where the system has them: packed weights are (csrc/cpu/weight_memory.h)."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _best(call: Callable[[], object], times: int, target: Target) -> float:
