@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from cases import cpu_desc, dense, generator, packed, random_x
+from cases import cpu_desc, dense, desc, generator, packed, random_x
 from lowbit import _C, explain, ops
 from reference import Spec
 
@@ -68,6 +68,21 @@ def test_the_ends_of_the_range(exponent: int, isa: str) -> None:
         expected, bound = reference.product(x, W, None, 0, dtype)
         bound = bound + K * 2.0**-126 * float(W.abs().max())  # products below the normal numbers may be flushed
         reference.assert_close(y, (expected, bound), (exponent, dtype))
+
+
+def test_small_beside_huge(isa: str) -> None:
+    """In units of the huge value the small one underflows to the integer 0, which is not what it is."""
+    spec = Spec("int4", "none", 32)
+    weight = torch.zeros(16, 32)
+    weight[:, 1] = torch.linspace(0.1, 1, 16)
+    stream, scales, _ = ops.quantize(weight, desc(spec))
+    w = ops.pack(stream, scales, None, None, 16, 32, cpu_desc(spec))
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(1, 32, dtype=dtype)
+        x[0, :2] = torch.tensor([2.0**100, 2.0**-100])
+        y = ops.gemm(x, w, None, 16, 32, cpu_desc(spec))
+        expected = ops.dequantize(stream, scales, None, None, 16, 32, desc(spec), torch.float32)[:, 1] * 2.0**-100
+        torch.testing.assert_close(y[0], expected.to(dtype), rtol=2.0**-8, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -1,6 +1,7 @@
 // gemm, linear, gemm_a8, gemm_grad_input and their out variants on the CPU: checks, prepared activations, threads.
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "common/op_checks.h"
@@ -115,11 +116,12 @@ void run_gemm(const Chosen& chosen, const IsaKernels& isa, GemmJob& job, int64_t
 void load_bfloats(const Rows& rows, const int32_t* perm, int64_t m, uint16_t* to, int64_t stride) {
   const uint16_t* row = reinterpret_cast<const uint16_t*>(rows.data) + m * rows.stride;
   const int64_t whole = perm == nullptr ? rows.K / 4 * 4 : 0;
-  for (int64_t k = 0; k < whole; k += 4) {
-    to[k] = row[k];
-    to[k + 1] = row[k + 2];
-    to[k + 2] = row[k + 1];
-    to[k + 3] = row[k + 3];
+  for (int64_t k = 0; k < whole; k += 4) {  // as one number, which compilers make vectors of
+    uint64_t four;
+    std::memcpy(&four, row + k, 8);
+    four =
+        (four & 0xffff00000000ffffu) | (four >> 16 & 0xffff0000u) | (four << 16 & 0xffff00000000u);
+    std::memcpy(to + k, &four, 8);
   }
   std::fill(to + whole, to + stride, uint16_t{0});
   for (int64_t k = whole; k < rows.K; ++k) {
@@ -265,7 +267,11 @@ void load_codes(const QuantizedRows& q, const PackedWeight& weight, const Activa
                 int64_t m, int8_t* to, int32_t* sums) {
   const int64_t K = q.rows.K;
   const int8_t* row = reinterpret_cast<const int8_t*>(q.rows.data) + m * q.rows.stride;
-  for (int64_t j = 0; j < K; ++j) to[j] = row[weight.perm == nullptr ? j : weight.perm[j]];
+  if (weight.perm == nullptr) {
+    std::copy_n(row, K, to);
+  } else {
+    for (int64_t j = 0; j < K; ++j) to[j] = row[weight.perm[j]];
+  }
   std::fill(to + K, to + shape.stride, int8_t{0});
   for (int64_t g = 0; g < weight.view.groups; ++g) {
     const int64_t group_end = std::min((g + 1) * weight.view.group_size, K);

@@ -54,6 +54,13 @@ struct V {
   }
   static I iadd(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
   static I isub(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+  static int32_t isum(I a) {
+    const __m256i eight = _mm256_add_epi32(a.lo, a.hi);
+    const __m128i four =
+        _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+  }
   static I imul(I a, I b) {
     return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
   }
@@ -83,6 +90,18 @@ struct V {
   static I to_i(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
   static F to_f(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
   static F as_f(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+  static I as_i(F a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+  static void store_bytes(uint8_t* p, I a) {
+    // The low byte of every lane to the front of its half, four from each.
+    const __m256i low =
+        _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12,
+                         -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i halves =
+        _mm256_unpacklo_epi64(_mm256_shuffle_epi8(a.lo, low), _mm256_shuffle_epi8(a.hi, low));
+    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 0, 0, 0, 0);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(halves, order)));
+  }
   static F select_lt(I a, I b, F if_less, F otherwise) {
     return {_mm256_blendv_ps(otherwise.lo, if_less.lo,
                              _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.lo, a.lo))),
@@ -93,6 +112,13 @@ struct V {
   static I keep_equal(F a, F b, I value) {
     return band(value, {_mm256_castps_si256(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ)),
                         _mm256_castps_si256(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ))});
+  }
+
+  // Bit n: whether lane n differs, NaN from everything.
+  static uint32_t unequal(F a, F b) {
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_NEQ_UQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_NEQ_UQ));
+    return static_cast<uint32_t>(low | high << 8);
   }
 
   static Lut make_lut(const float* table) {

@@ -46,6 +46,7 @@ struct V {
   static void istore(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
   static I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static I band(I a, I b) { return _mm512_and_si512(a, b); }
   static I bor(I a, I b) { return _mm512_or_si512(a, b); }
@@ -67,6 +68,10 @@ struct V {
   static I to_i(F a) { return _mm512_cvtps_epi32(a); }
   static F to_f(I a) { return _mm512_cvtepi32_ps(a); }
   static F as_f(I a) { return _mm512_castsi512_ps(a); }
+  static I as_i(F a) { return _mm512_castps_si512(a); }
+  static void store_bytes(uint8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+  }
   static F select_lt(I a, I b, F if_less, F otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(a, b), otherwise, if_less);
   }
@@ -74,6 +79,9 @@ struct V {
   static I keep_equal(F a, F b, I value) {
     return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), value);
   }
+
+  // Bit n: whether lane n differs, NaN from everything.
+  static uint32_t unequal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
 
   static Lut make_lut(const float* table) { return _mm512_loadu_ps(table); }
   static F lut16(I index, Lut table) { return _mm512_permutexvar_ps(index, table); }

@@ -101,6 +101,9 @@ struct V {
   LOWBIT_INLINE static I isub(I a, I b) {
     return each<I>(a, b, [](auto x, auto y) LOWBIT_INLINE { return vsubq_s32(x, y); });
   }
+  LOWBIT_INLINE static int32_t isum(I a) {
+    return vaddvq_s32(vaddq_s32(vaddq_s32(a.q[0], a.q[1]), vaddq_s32(a.q[2], a.q[3])));
+  }
   LOWBIT_INLINE static I imul(I a, I b) {
     return each<I>(a, b, [](auto x, auto y) LOWBIT_INLINE { return vmulq_s32(x, y); });
   }
@@ -151,16 +154,38 @@ struct V {
     return {{vreinterpretq_f32_s32(a.q[0]), vreinterpretq_f32_s32(a.q[1]),
              vreinterpretq_f32_s32(a.q[2]), vreinterpretq_f32_s32(a.q[3])}};
   }
-  LOWBIT_INLINE static F select_lt(I a, I b, F yes, F no) {
+  LOWBIT_INLINE static I as_i(F a) {
+    return {{vreinterpretq_s32_f32(a.q[0]), vreinterpretq_s32_f32(a.q[1]),
+             vreinterpretq_s32_f32(a.q[2]), vreinterpretq_s32_f32(a.q[3])}};
+  }
+  LOWBIT_INLINE static F select_lt(I a, I b, F if_less, F otherwise) {
     F r;
-    for (int i = 0; i < 4; ++i) r.q[i] = vbslq_f32(vcltq_s32(a.q[i], b.q[i]), yes.q[i], no.q[i]);
+    for (int i = 0; i < 4; ++i)
+      r.q[i] = vbslq_f32(vcltq_s32(a.q[i], b.q[i]), if_less.q[i], otherwise.q[i]);
     return r;
   }
+  LOWBIT_INLINE static void store_bytes(uint8_t* p, I a) {  // the low byte of every lane
+    const uint8x16_t low = vuzp1q_u8(u8(a.q[0]), u8(a.q[1]));
+    const uint8x16_t high = vuzp1q_u8(u8(a.q[2]), u8(a.q[3]));
+    vst1q_u8(p, vuzp1q_u8(low, high));
+  }
+
   LOWBIT_INLINE static I keep_equal(F a, F b, I value) {
     I r;
     for (int i = 0; i < 4; ++i)
       r.q[i] = vandq_s32(vreinterpretq_s32_u32(vceqq_f32(a.q[i], b.q[i])), value.q[i]);
     return r;
+  }
+
+  // Bit n: whether lane n differs, NaN from everything.
+  LOWBIT_INLINE static uint32_t unequal(F a, F b) {
+    const uint16x4_t bit = {1, 2, 4, 8};
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; ++i) {
+      const uint16x4_t differs = vmvn_u16(vmovn_u32(vceqq_f32(a.q[i], b.q[i])));
+      bits |= static_cast<uint32_t>(vaddv_u16(vand_u16(differs, bit))) << 4 * i;
+    }
+    return bits;
   }
 
   // ---- a quad of clean codes to floats: element J of every lane -------------------------------------------------

@@ -123,6 +123,10 @@ struct V {
              __builtin_convertvector(a.q[2], F4), __builtin_convertvector(a.q[3], F4)}};
   }
   static F as_f(I a) { return {{(F4)a.q[0], (F4)a.q[1], (F4)a.q[2], (F4)a.q[3]}}; }
+  static I as_i(F a) { return {{(I4)a.q[0], (I4)a.q[1], (I4)a.q[2], (I4)a.q[3]}}; }
+  static void store_bytes(uint8_t* p, I a) {  // the low byte of every lane
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(a.q[i / 4][i % 4]);
+  }
   static F select_lt(I a, I b, F if_less, F otherwise) {  // per lane: a < b ? if_less : otherwise
     F r{};
     for (int i = 0; i < 4; ++i) {
@@ -176,19 +180,21 @@ struct V {
     return iset1(four);
   }
   static I dot4(I sums, I codes, I x) {  // per lane: sums += sum of four u8 * s8 products, exactly
-    I even = imul(band(codes, iset1(0xff)), sign_byte<24>(x));
-    even = iadd(even, imul(band(shr<8>(codes), iset1(0xff)), sign_byte<16>(x)));
-    even = iadd(even, imul(band(shr<16>(codes), iset1(0xff)), sign_byte<8>(x)));
-    even = iadd(even, imul(shr<24>(codes), sign_byte<0>(x)));
-    return iadd(sums, even);
+    for (int i = 0; i < 4; ++i) {
+      // Even and odd bytes as words, whose products fit words.
+      const H8 c = (H8)codes.q[i], v = (H8)x.q[i];
+      sums.q[i] += add_words((c & 0xff) * (v << 8 >> 8)) + add_words((H8)((U8)c >> 8) * (v >> 8));
+    }
+    return sums;
   }
 
  private:
-  template <int kLeft>
-  static I sign_byte(I x) {
-    I r = shl<kLeft>(x);
-    for (int i = 0; i < 4; ++i) r.q[i] = r.q[i] >> 24;
-    return r;
+  typedef int16_t H8 __attribute__((vector_size(16)));
+  typedef uint16_t U8 __attribute__((vector_size(16)));
+
+  static I4 add_words(H8 words) {  // the two of every lane
+    const I4 both = (I4)words;
+    return ((I4)((U4)both << 16) >> 16) + (both >> 16);
   }
   // Kept here, beside the copies in common/half.h, because kernel files share no inline functions (see above).
   static float half(const uint8_t* p) {
