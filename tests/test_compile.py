@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -57,6 +61,57 @@ def test_compile_training_with_dynamic_rows() -> None:
             grads.append((y.detach(), x.grad, bias.grad))
         for got, want in zip(*grads, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+_THREADS = """
+import collections, os, sys, time, torch
+import lowbit
+from lowbit import ops
+N, K, d = 2048, 1024, lowbit._C.make_desc(3, 32, 0, 0, 0, False, 1)
+plain = lowbit._C.make_desc(3, 32, 0, 0, 0, False, 0)
+w = ops.pack(*ops.quantize(torch.randn(N, K), plain)[:2], None, None, N, K, d)
+
+def run(x):
+    return ops.gemm(torch.sin(x) * 2, w, None, N, K, d).exp() + 1
+
+def used(function, x):
+    "How many threads of this process worked for more than a tenth of the time."
+    def ticks():
+        found = collections.Counter()
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/stat") as file:
+                fields = file.read().rsplit(")", 1)[1].split()
+            found[task] = int(fields[11]) + int(fields[12])
+        return found
+    function(x)
+    before, begin = ticks(), time.process_time()
+    while time.process_time() < begin + 0.4:
+        function(x)
+    spent = ticks() - before
+    return sum(time > 0.1 * sum(spent.values()) / torch.get_num_threads() for time in spent.values())
+
+compiled = torch.compile(run, fullgraph=True)
+x = torch.randn(256, K)
+torch.set_num_threads(3)
+assert torch.allclose(compiled(x), run(x), rtol=1e-4, atol=1e-4)
+for count in (3, 1, 2):
+    torch.set_num_threads(count)
+    print(count, used(run, x), used(compiled, x))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")
+def test_a_compiled_graph_has_one_pool_of_threads() -> None:
+    """Loops of inductor and ops of lowbit together use as many threads as torch is told to, whenever it is told."""
+    # A pool of compiling processes would take longer to start than to use.
+    env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", _THREADS], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == [3, 1, 2]
+    for count, eager, compiled in rows:
+        assert eager == compiled == count, done.stdout
 
 
 class _Model(torch.nn.Module):
