@@ -111,7 +111,7 @@ def test_one_hot_rows_read_out_the_weight(kind: str, isa: str) -> None:
     """x = a column of the identity: y is that column of W, rounded once, to the last bit.
 
     With offsets, kernels that multiply integers compute (q - r) * s + (r * s + o), where `dequantize` has q * s + o: they may
-    differ by a rounding or two of q * s and of o.
+    differ by a rounding or two of q * s and of o. `stream_bf16` rounds nf4's levels to bf16, besides y.
     """
     for i, (spec, N, K) in enumerate(specs(kind)):
         if i % 2 and K > 64:
@@ -126,6 +126,9 @@ def test_one_hot_rows_read_out_the_weight(kind: str, isa: str) -> None:
             if spec.zero_kind == "offset":
                 parts = offset_parts(random_weight(spec, N, K)).t()[:few]
                 bound = 4 * UNIT[torch.float32] * parts + UNIT[dtype] * expected.double().abs()
+                assert ((y.double() - W.t()[:few].double()).abs() <= bound).all(), (spec, N, K, dtype, step)
+            elif isa == "avx512bf16" and kind == "nf4" and dtype == torch.bfloat16 and step <= 16:
+                bound = 2.01 * UNIT[dtype] * W.t()[:few].double().abs()
                 assert ((y.double() - W.t()[:few].double()).abs() <= bound).all(), (spec, N, K, dtype, step)
             else:
                 assert torch.equal(y, expected), (spec, N, K, dtype, step)

@@ -32,10 +32,6 @@ bool refuse_panel(const Problem& p, const CpuTile16& tile, const IsaKernels&, co
   return refuse_short_groups(p, tile, why);
 }
 
-// With few rows, fp32 from registers beats decoding to a panel: nf4 1.63 ms against 2.17 at M = 4, 2.65 against 2.62 at
-// M = 6; fp8 alike (Zen 4, 4096 x 4096).
-constexpr int64_t kBf16Rows = 6;
-
 // Tensor and tile instructions multiply bf16: q - zero, and the values of FP8 and FP4, are exact in it.
 bool refuse_inexact_codes(const Problem& p, const Why& why) {
   if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
@@ -115,12 +111,26 @@ bool refuse_planes(const Problem& p, const CpuTile16& tile, const IsaKernels& is
   return p.M > rows && why("M=", p.M, ": multiplying floats is faster from M=", rows + 1);
 }
 
+// With that many rows it is still faster than decoding to a panel: nf4 0.71 of panel_bf16's time at M = 16, fp8 0.93
+// (Zen 4, 2048 x 4096).
+constexpr int64_t kStreamBf16Rows = 16;
+
+bool refuse_stream_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
+                        const Why& why) {
+  if (isa.gemm_stream_bf16 == nullptr) return why("not built for ", isa.isa);
+  if (p.x != Element::kBFloat16) return why("activations are not bf16");
+  if (format_info(p.desc.format).is_integer) return why("integer weights have no table");
+  if ((p.flags & kBatchInvariant) != 0)
+    return why("batch_invariant is set, and other kernels are faster at large M");
+  if (p.M > kStreamBf16Rows)
+    return why("M=", p.M, ": decoding to a panel is faster from M=", kStreamBf16Rows + 1);
+  return refuse_short_blocks(p, tile, why);
+}
+
 bool refuse_stream(const Problem& p, const CpuTile16& tile, const IsaKernels& isa, const Why& why) {
   if (isa.gemm_stream == nullptr) return why("not built for ", isa.isa);
   if ((p.flags & kBatchInvariant) != 0)
     return why("its order of additions depends on M; batch_invariant is set");
-  if (p.M >= kBf16Rows && !refuse_panel_bf16(p, tile, isa, Why()))
-    return why("M=", p.M, ": bf16 dot products are faster from M=", kBf16Rows);
   if (p.M > isa.stream_rows)
     return why("M=", p.M, " exceeds its ", isa.stream_rows, " rows, two passes over a strip");
   return refuse_short_groups(p, tile, why);
@@ -180,6 +190,9 @@ void run_stream(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_
 void run_planes(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
   run_on_floats(isa, job, begin, end, isa.planes.gemm);
 }
+void run_stream_bf16(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
+  run_on_floats(isa, job, begin, end, isa.gemm_stream_bf16);
+}
 void run_panel(const IsaKernels& isa, const GemmJob& job, int64_t begin, int64_t end) {
   run_on_floats(isa, job, begin, end, isa.gemm_panel);
 }
@@ -235,6 +248,10 @@ const std::vector<KernelRow>& kernel_table() {
       {Op::kGemm, "planes_i8", kFast,
        "integer weights, groups in multiples of 32: x as int8 digits, exactly; int32 dot products",
        XForm::kPlanes, refuse_planes, run_planes, nullptr},
+      {Op::kGemm, "stream_bf16", kFast,
+       "few rows of bf16 x, code books, groups in multiples of 32: looked up as bf16 in registers, "
+       "nf4 rounded once",
+       XForm::kBFloats, refuse_stream_bf16, run_stream_bf16, nullptr},
       {Op::kGemm, "stream_f32", kFast,
        "few rows of x, groups in multiples of 16: weights decoded in registers, read once",
        XForm::kFloats, refuse_stream, run_stream, nullptr},
@@ -276,6 +293,7 @@ int tile_planes(Element x) { return x == Element::kBFloat16 ? 1 : x == Element::
 bool is_built(const KernelRow& row, const IsaKernels& isa) {
   if (row.gemm == run_stream) return isa.gemm_stream != nullptr;
   if (row.gemm == run_planes) return isa.planes.gemm != nullptr;
+  if (row.gemm == run_stream_bf16) return isa.gemm_stream_bf16 != nullptr;
   if (row.gemm == run_panel_bf16) return isa.gemm_panel_bf16 != nullptr;
   if (reads_tiles(row)) return isa.amx != nullptr;
   return !row.general || std::string(isa.isa) == "portable";  // general kernels are compiled once

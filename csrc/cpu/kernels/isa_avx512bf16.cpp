@@ -1,4 +1,4 @@
-// avx512vnni's kernels, and a panel kernel on bf16 dot products.
+// avx512vnni's kernels, and those on bf16 dot products.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -14,12 +14,14 @@ namespace isa_avx512bf16 {
 #include "cpu/kernels/decode_bf16-inl.h"
 #include "cpu/kernels/epilogue-inl.h"
 #include "cpu/kernels/gemm_panel_bf16-inl.h"
+#include "cpu/kernels/gemm_stream_bf16-inl.h"
 // clang-format on
 
 static IsaKernels extended() {
   IsaKernels table = kernels_avx512vnni();
   table.isa = "avx512bf16";
   table.gemm_panel_bf16 = gemm_panel_bf16;
+  table.gemm_stream_bf16 = gemm_stream_bf16;
   return table;
 }
 }  // namespace isa_avx512bf16

@@ -181,7 +181,8 @@ struct IsaKernels {
   const char* isa;
   void (*gemm_stream)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
   void (*gemm_panel)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
-  void (*gemm_panel_bf16)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);  // or null
+  void (*gemm_panel_bf16)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);   // or null
+  void (*gemm_stream_bf16)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);  // or null
   void (*gemm_dot)(const GemmJob& job, int64_t strip_begin, int64_t strip_end);
   void (*grad_input)(const GradJob& job, int64_t piece_begin,
                      int64_t piece_end);  // pieces of 64 columns

@@ -104,6 +104,20 @@ struct V {
                            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
     return as_f(_mm512_maskz_permutex2var_epi8(0xccccccccccccccccull, low, pattern, high));
   }
+  // Words of (high << 8 | low) of bytes 4 * n + kByte and 4 * n + kByte + 2: two for lane n.
+  template <int kByte>
+  static I pair_of_halves(I low, I high) {
+    const I lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const I pattern = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_set1_epi32(0x04040404), lane),
+                                       _mm512_set1_epi32(0x42024000 + 0x01010101 * kByte));
+    return _mm512_permutex2var_epi8(low, pattern, high);
+  }
+  // Tables of 32 words, indexed by the low five bits of every word.
+  static I word_lut32(I index, I table) { return _mm512_permutexvar_epi16(index, table); }
+  template <int kBits>
+  static I shr16(I a) {  // every word by itself
+    return kBits == 0 ? a : _mm512_srli_epi16(a, kBits);
+  }
 #endif
 
   static F load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(iload_u8(p)); }
