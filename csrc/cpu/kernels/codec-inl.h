@@ -357,6 +357,30 @@ void with_int_codec(const WeightView& w, const Action& action) {
   }
 }
 
+template <int kBits>
+struct Bits {
+  static constexpr int value = kBits;
+};
+
+// Calls action(Bits<n>()) for an integer format of n bits: for kernels that multiply integers.
+template <class Action>
+void with_bits(const WeightView& w, const Action& action) {
+  switch (w.format) {
+    case Format::kInt2:
+      return action(Bits<2>());
+    case Format::kInt3:
+      return action(Bits<3>());
+    case Format::kInt4:
+      return action(Bits<4>());
+    case Format::kInt5:
+      return action(Bits<5>());
+    case Format::kInt6:
+      return action(Bits<6>());
+    default:
+      return action(Bits<8>());
+  }
+}
+
 // Calls action(codec) with the codec of w.format: the one place that maps formats to code.
 template <class Action>
 void with_codec(const WeightView& w, const Action& action) {

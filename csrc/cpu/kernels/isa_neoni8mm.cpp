@@ -14,6 +14,7 @@ namespace isa_neoni8mm {
 #include "cpu/kernels/epilogue-inl.h"
 #include "cpu/kernels/zeros-inl.h"
 #include "cpu/kernels/segment-inl.h"
+#include "cpu/kernels/prefetch-inl.h"
 #include "cpu/kernels/gemm_dot-inl.h"
 // clang-format on
 

@@ -3,6 +3,7 @@
 #include "cpu/kernels/epilogue-inl.h"
 #include "cpu/kernels/zeros-inl.h"
 #include "cpu/kernels/segment-inl.h"
+#include "cpu/kernels/prefetch-inl.h"
 #include "cpu/kernels/gemm_dot-inl.h"
 #if !defined(LOWBIT_NO_STREAM)
 #include "cpu/kernels/gemm_stream-inl.h"

@@ -14,6 +14,7 @@ namespace planes_avx512vnni_ {
 #include "cpu/kernels/epilogue-inl.h"
 #include "cpu/kernels/zeros-inl.h"
 #include "cpu/kernels/split_rows-inl.h"
+#include "cpu/kernels/prefetch-inl.h"
 #include "cpu/kernels/gemm_planes-inl.h"
 // clang-format on
 }  // namespace planes_avx512vnni_
