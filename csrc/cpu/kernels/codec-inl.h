@@ -59,13 +59,26 @@ struct Codes<1> {
   }
   static V::I at(const uint8_t* b, uint32_t k) { return code_at<1>(b, k); }
 };
+// The upper bits go to their place by one shift, whatever crosses the bytes' borders on the way: the mask removes it.
 template <int kLow, int kHigh>
 struct TwoPlanes {
   template <int Q>
   LOWBIT_INLINE static V::I quad(const uint8_t* b) {
-    constexpr int kLowBytes = 16 * 32 * kLow / 8;
-    return V::bor(Codes<kLow>::template quad<Q>(b),
-                  V::shl<kLow>(Codes<kHigh>::template quad<Q>(b + kLowBytes)));
+    constexpr int kLowBytes = 16 * 32 * kLow / 8, kPerVector = 8 / kHigh;
+    constexpr int kRight = Q % kPerVector * kHigh - kLow;
+    const V::I vector = V::iload(b + kLowBytes + Q / kPerVector * 64);
+    const V::I mask = V::iset1((((1 << kHigh) - 1) << kLow) * 0x01010101);
+    return V::bor(Codes<kLow>::template quad<Q>(b), V::band(moved<kRight>(vector), mask));
+  }
+  template <int kRight>
+  LOWBIT_INLINE static V::I moved(V::I a) {
+    if constexpr (kRight < 0) {
+      return V::shl<-kRight>(a);
+    } else if constexpr (kRight > 0) {
+      return V::shr<kRight>(a);
+    } else {
+      return a;
+    }
   }
   static V::I at(const uint8_t* b, uint32_t k) {
     return V::bor(code_at<kLow>(b, k), V::shl<kLow>(code_at<kHigh>(b + 16 * 32 * kLow / 8, k)));

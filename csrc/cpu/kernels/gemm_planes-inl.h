@@ -9,10 +9,10 @@
 // Included after V, codec-inl.h, zeros-inl.h and
 // split_rows-inl.h.
 
-// Bytes ahead. Measured on Zen 4 at M = 1 as a share of a streaming read's speed: 8 bits 95 % with 1024 and 75 % with 6144,
-// 4 bits 79 and 73, but 6 bits, whose blocks have two planes, 56 and 69.
+// Bytes ahead. Measured on Zen 4 at M = 1 as a share of a streaming read's speed, with 1024, 2048 and 6144: 8 bits 95, 75 and
+// 75 %, 4 bits 79, 76 and 73, but 6 bits, whose blocks have two planes, 60, 70 and 68.
 template <int kBits>
-constexpr int64_t kPrefetch = 8 % kBits == 0 ? 1024 : 6144;
+constexpr int64_t kPrefetch = 8 % kBits == 0 ? 1024 : 2048;
 
 // A tile is MR rows of x times NR strips: an element of x is broadcast once for NR dot products. Zen 4 broadcasts from
 // memory every other cycle, so that one strip at a time would wait for that. V::kPlaneSums counts the vectors of sums that
