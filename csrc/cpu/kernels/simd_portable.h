@@ -30,7 +30,8 @@ struct V {
   static constexpr int kStreamRows = 0;  // no stream kernel: its code would outgrow its gain
   static constexpr int kPanelRows = 2;
   static constexpr int kPanelStrips = 1;
-  static constexpr int kDotRows = 4;  // the least: a tile of eight would be half of the portable code
+  static constexpr int kDotRows =
+      4;  // the least: a tile of eight would be half of the portable code
   static constexpr int kDotStrips = 1;
 
   static F zero() { return F{}; }
