@@ -125,6 +125,7 @@ class Design:
 
 
 LOCAL = frozenset({"LDL", "STL"})
+WARPGROUPS = frozenset({"UTMALDG", "UBLKCP", "SYNCS", "USETMAXREG"})
 HOPPER = (
     Design(
         r"hopper_stream_kernel",
@@ -132,6 +133,10 @@ HOPPER = (
         LOCAL,
         128,
     ),
+    # 384 threads: 168 registers are all there are for each, until setmaxnreg deals them out anew.
+    Design(r"hopper_matrix_kernel", frozenset({"HGMMA", *WARPGROUPS}), LOCAL, 168),
+    Design(r"hopper_a8_kernel\w*HopperIntMath", frozenset({"IGMMA", *WARPGROUPS}), LOCAL, 168),
+    Design(r"hopper_a8_kernel\w*HopperFp8Math", frozenset({"QGMMA", *WARPGROUPS}), LOCAL, 168),
 )
 
 
@@ -250,6 +255,11 @@ def spills(kernels: Iterable[Resources], hot: re.Pattern[str] = HOT) -> list[str
         for k in kernels
         if hot.search(k.kernel) and (k.stack or k.spill_stores or k.spill_loads)
     ]
+
+
+def serialized(log: str) -> list[str]:
+    """What the assembler gave up: wgmma that waits for each one (C7510 and its neighbours), setmaxnreg without effect (C7508)."""
+    return [line.strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)]
 
 
 def main(folder: Path) -> int:

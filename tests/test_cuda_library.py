@@ -113,6 +113,7 @@ class TestDeviceCode:
         found = {match[1] for kernel in kernels if (match := cuda_audit.HOT.search(kernel.kernel))}
         assert found == {"stream", "matrix", "a8", "grad", *(["hopper"] if "90a" in archs else [])}
         assert cuda_audit.spills(kernels) == []
+        assert [line for log in logs for line in cuda_audit.serialized(log.read_text())] == []
 
     def test_kernels_for_hopper_are_made_of_the_instructions_meant(self, library, archs):
         if "90a" not in archs:
@@ -204,6 +205,12 @@ class TestPlanted:
             "ptxas info    : Compiling entry function '_ZN6lowbit4cuda14general",
         )
         assert len(cuda_audit.spills(cuda_audit.resources(log))) == 1
+
+    def test_wgmma_that_the_assembler_serializes(self):
+        line = (
+            "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+        )
+        assert cuda_audit.serialized(f"ptxas info    : Used 168 registers\n{line}\n") == [line]
 
     @staticmethod
     def compiled(folder: Path, text: str, *flags: str) -> Path:

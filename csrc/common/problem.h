@@ -21,6 +21,7 @@ struct Problem {
   bool grouped_x = false;  // gemm_a8: activation scales per 128 of K instead of per token
   int64_t flags = 0;
   bool x_aligned = true;  // CUDA: rows of x start on 16-byte boundaries; else they are copied first
+  bool x_zeros = false;   // gemm_a8: activations have zeros
 };
 
 // Why a kernel does not take a problem. Selection itself only wants to know whether, and passes no string to fill.

@@ -69,14 +69,19 @@ void launch_quantize_activation(const QuantizeActivationParams& p, Stream stream
 // ---- GEMM --------------------------------------------------------------------------------------------------------------
 
 // Rows of x as the GEMM kernels want them where they are not: gathered by perm, padded with zeros to `columns`, at a
-// 16-byte aligned row stride. `to` is [M, columns] of x's element type.
-void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, void* to,
-                         int64_t columns, Stream stream);
+// 16-byte aligned row stride. `to` is [M, columns] of x's element type. In order, every 16 bytes are as codec/bytes.cuh has
+// them.
+enum class RowOrder { kPlain, kBytes };
+void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, RowOrder order,
+                         void* to, int64_t columns, Stream stream);
 
 // One function per row of the kernel table (select.h). `tile` is the row's index in kTiles (tiles.h).
 void launch_hopper_stream(const GemmParams& p, int tile, Stream stream);  // for sm_90a
 void launch_stream(const GemmParams& p, int tile, Stream stream);
+void launch_hopper_matrix(const GemmParams& p, int tile, Stream stream);
 void launch_matrix(const GemmParams& p, int tile, Stream stream);
+void launch_hopper_a8_int(const GemmParams& p, int tile, Stream stream);
+void launch_hopper_a8_fp8(const GemmParams& p, int tile, Stream stream);
 void launch_a8_int(const GemmParams& p, int tile, Stream stream);
 void launch_a8_fp8(const GemmParams& p, int tile, Stream stream);
 void launch_a8_decode(const GemmParams& p, int tile, Stream stream);

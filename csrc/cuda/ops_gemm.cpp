@@ -16,15 +16,35 @@ Config choose(const char* op, const Problem& problem, const Weight& weight,
   return config;
 }
 
+// What only builds with code for sm_90a have.
+void launch_on_hopper(const Config& config, const GemmParams& p, Stream stream) {
+#if defined(LOWBIT_HOPPER)
+  const int tile = config.row->tile;
+  switch (config.row->shape().kernel) {
+    case Kernel::kHopperStream:
+      return launch_hopper_stream(p, tile, stream);
+    case Kernel::kHopperMatrix:
+      return launch_hopper_matrix(p, tile, stream);
+    case Kernel::kHopperA8Int:
+      return launch_hopper_a8_int(p, tile, stream);
+    case Kernel::kHopperA8Fp8:
+      return launch_hopper_a8_fp8(p, tile, stream);
+    default:
+      break;
+  }
+#endif
+  (void)p, (void)stream;
+  fail(config.row->name(), ": this build has no code for sm_90a");  // not reached: selection knows
+}
+
 void launch_kernel(const Config& config, const GemmParams& p, Stream stream) {
   const int tile = config.row->tile;
   switch (config.row->shape().kernel) {
     case Kernel::kHopperStream:
-#if defined(LOWBIT_HOPPER)
-      return launch_hopper_stream(p, tile, stream);
-#else
-      fail("no code for sm_90a in this build");  // not reached: selection knows
-#endif
+    case Kernel::kHopperMatrix:
+    case Kernel::kHopperA8Int:
+    case Kernel::kHopperA8Fp8:
+      return launch_on_hopper(config, p, stream);
     case Kernel::kStream:
       return launch_stream(p, tile, stream);
     case Kernel::kMatrix:
@@ -44,16 +64,20 @@ void launch_kernel(const Config& config, const GemmParams& p, Stream stream) {
   }
 }
 
-// Vector loads of 16 bytes from the start of every row.
-bool is_aligned(const RowsParams& x) {
+// Vector loads of 16 bytes from the start of every row; tensor copies want rows that do not overlap, too.
+bool is_aligned(const RowsParams& x, int64_t columns) {
   const int64_t row_bytes = x.stride * element_bytes(x.type);
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.M == 1 || row_bytes % 16 == 0);
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+         (x.M == 1 || (row_bytes % 16 == 0 && x.stride >= columns));
 }
 
 // Everything between checked arguments and the kernel. `y.stride` is that of a contiguous result.
 void run(const char* op, Problem problem, const Weight& weight, RowsParams x, OutParams y,
          const OptionalTensor& workspace, const Place& place, const Scope& scope) {
-  problem.x_aligned = is_aligned(x);
+  const bool is_grad = problem.op == Op::kGradInput;
+  const int64_t columns = is_grad ? problem.N : problem.K;
+  problem.x_aligned = is_aligned(x, columns);
+  problem.x_zeros = x.zeros != nullptr;
   const Config config = choose(op, problem, weight, scope.device());
   const Workspace memory(op, config, workspace, place, scope.stream());
   GemmParams p{weight.params,        x, y, config.schedule, config.stages, config.hopper.strips,
@@ -62,14 +86,14 @@ void run(const char* op, Problem problem, const Weight& weight, RowsParams x, Ou
     p.schedule.counters = memory.counters();
     p.schedule.partials = reinterpret_cast<float*>(memory.partials());
   }
-  const bool is_grad = problem.op == Op::kGradInput;
   if (config.prepares) {
-    const int64_t columns = config.prepared_columns;
     uint8_t* rows = memory.prepared(config);
-    launch_prepare_rows(x, is_grad ? problem.N : problem.K, is_grad ? nullptr : weight.params.perm,
-                        rows, columns, scope.stream());
+    const bool ordered = orders_bytes(config.row->shape().kernel);
+    launch_prepare_rows(x, columns, is_grad ? nullptr : weight.params.perm,
+                        ordered ? RowOrder::kBytes : RowOrder::kPlain, rows,
+                        config.prepared_columns, scope.stream());
     p.x.data = rows;
-    p.x.stride = columns;
+    p.x.stride = config.prepared_columns;
   }
   if (!config.row->general) p.w.perm = nullptr;  // x is gathered, dx will be scattered
   if (config.unordered_bytes > 0) p.y.data = memory.unordered(config);

@@ -121,6 +121,28 @@ __device__ void load_zeros(const WeightParams& w, const uint8_t* row, int g,
   }
 }
 
+// The same of a warp that has kCount of a strip's fragments; `row` is that of its first one.
+template <int kCount>
+__device__ void load_some_pairs(const uint8_t* row, int g, bool block, uint32_t (&to)[kLaneRows]) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(row + (block ? 0 : 16 * g + 4 * j));
+    to[2 * j] = ptx::prmt(pair, 0u, 0x1010u);
+    to[2 * j + 1] = ptx::prmt(pair, 0u, block ? 0x1010u : 0x3232u);
+  }
+}
+template <Format kFormat, class T, int kCount>
+__device__ void load_some_zeros(const uint8_t* row, int g, uint32_t (&to)[kLaneRows]) {
+  if constexpr (Codec<kFormat>::kInteger) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const uint32_t pair = *reinterpret_cast<const uint16_t*>(row + 8 * g + 2 * j);
+      to[2 * j] = Codec<kFormat>::template zero<T>(pair & 0xffu);
+      to[2 * j + 1] = Codec<kFormat>::template zero<T>(pair >> 8);
+    }
+  }
+}
+
 // How a scale reaches the product.
 enum class Scaling16 {
   kSums,   // codes are multiplied as they are, a group's fp32 sums by its scale: nothing is rounded

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cuda/box_stages.h"
 #include "cuda/choice.h"
 #include "cuda/schedule.h"
 #include "cuda/stages.h"
@@ -32,12 +33,16 @@ bool refuse_16_bit(const Problem& p, const CudaTile64& weight, const Why& why) {
   return refuse_group(p, weight, 16, why);
 }
 
-// Its stages hold a tile as it lies in the layout: no room for floats that are made of other scales (expand.cuh).
+// Stages of the kernels for Hopper hold a tile as it lies in the layout: no room for floats that are made of other scales
+// (expand.cuh).
+bool refuse_stored(const Problem& p, const CudaTile64& weight, const Why& why) {
+  if (weight.plain) return false;
+  return why("scales in ", name_of(p.desc.scale_dtype),
+             " are no floats, which is what its stages hold");
+}
+
 bool refuse_hopper(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (!weight.plain)
-    return why("scales in ", name_of(p.desc.scale_dtype),
-               " are no floats, which is what its stages hold");
-  return refuse_16_bit(p, weight, why);
+  return refuse_stored(p, weight, why) || refuse_16_bit(p, weight, why);
 }
 
 bool is_integer_product(const Problem& p) {
@@ -67,6 +72,27 @@ bool refuse_a8_fp8(const Problem& p, const CudaTile64& weight, const Why& why) {
   if (p.desc.format != Format::kFp8E4m3 && p.desc.format != Format::kFp8E5m2)
     return why(format_info(p.desc.format).name, " weights are not fp8");
   return refuse_grouped_perm(p, why) || refuse_group(p, weight, 16, why);
+}
+
+// Two cells of 16 k are one wgmma: 32 k of one group.
+bool refuse_hopper_a8_int(const Problem& p, const CudaTile64& weight, const Why& why) {
+  if (refuse_a8_int(p, weight, why) || refuse_stored(p, weight, why)) return true;
+  if (p.x_zeros) return why("activations have zeros");
+  if (p.desc.format == Format::kInt8 && p.desc.zero_kind == ZeroKind::kInt)
+    return why("int8 weights less their zeros do not fit int8");
+  return refuse_group(p, weight, 32, why);
+}
+
+bool refuse_hopper_a8_fp8(const Problem& p, const CudaTile64& weight, const Why& why) {
+  if (p.x != Element::kFp8E4m3) return why("activations are not fp8");
+  const FormatInfo& info = format_info(p.desc.format);
+  if (p.desc.format != Format::kFp8E4m3 && p.desc.format != Format::kFp8E5m2 &&
+      p.desc.format != Format::kFp4E2m1 && p.desc.format != Format::kInt4)
+    return why(info.name, " weights are neither fp8 nor made fp8");
+  if (info.is_integer && p.desc.zero_kind != ZeroKind::kNone)
+    return why("weights with zeros=", name_of(p.desc.zero_kind), " are not made fp8");
+  return refuse_grouped_perm(p, why) || refuse_stored(p, weight, why) ||
+         refuse_group(p, weight, 32, why);
 }
 
 bool refuse_a8_decode(const Problem& p, const CudaTile64& weight, const Why& why) {
@@ -99,9 +125,20 @@ constexpr Family kFamilies[] = {
      "few rows of bf16 or fp16 x, groups in multiples of 16: weights read once, decoded in "
      "registers",
      refuse_16_bit},
+    {Kernel::kHopperMatrix, 90,
+     "bf16 or fp16 x on sm_90, groups in multiples of 16: wgmma, weights decoded into its "
+     "registers",
+     refuse_hopper, true},
     {Kernel::kMatrix, 80,
      "bf16 or fp16 x, groups in multiples of 16: tensor cores, weights decoded from shared memory",
      refuse_16_bit},
+    {Kernel::kHopperA8Int, 90,
+     "int8 x without zeros times integers on sm_90, groups in multiples of 32: wgmma, exact in "
+     "int32",
+     refuse_hopper_a8_int, true},
+    {Kernel::kHopperA8Fp8, 90,
+     "fp8 x times fp8, fp4 or int4 on sm_90, groups in multiples of 32: wgmma, promoted to fp32",
+     refuse_hopper_a8_fp8, true},
     {Kernel::kA8Int, 80,
      "int8 x times integers without or with integer zeros, groups in multiples of 16: exact in "
      "int32",
@@ -125,8 +162,11 @@ std::vector<Op> ops_of(Kernel kernel) {
   switch (kernel) {
     case Kernel::kHopperStream:
     case Kernel::kStream:
+    case Kernel::kHopperMatrix:
     case Kernel::kMatrix:
       return {Op::kGemm};
+    case Kernel::kHopperA8Int:
+    case Kernel::kHopperA8Fp8:
     case Kernel::kA8Int:
     case Kernel::kA8Fp8:
     case Kernel::kA8Decode:
@@ -149,8 +189,13 @@ const Tuning* tuning_of(const Tile& tile) {
 
 // How many stages and blocks the device's shared memory holds. No blocks: not even one.
 Residency fit(const KernelRow& row, const CudaTile64& weight, const DeviceInfo& device) {
+  if (has_warpgroups(row.shape().kernel))
+    return box_residency(row.shape(), weight, device.shared_per_block);
   return residency(row.shape(), weight, device.shared_per_block, device.shared_per_sm);
 }
+
+// Whether a plan says how its work is cut, and not ranges of steps.
+bool has_plan(const KernelRow& row) { return row.shape().kernel == Kernel::kHopperStream; }
 
 HopperPlan plan(const KernelRow& row, const Problem& p, const CudaTile64& weight,
                 const DeviceInfo& device) {
@@ -229,13 +274,13 @@ Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weigh
   config.row = &row;
   config.efficiency = 1.0;
   if (row.general) return config;
-  if (row.hopper) {
+  if (has_plan(row)) {
     cut_hopper(row, p, weight, device, config);
   } else {
     cut_ranges(row, p, weight, device, config);
   }
   const bool gathers = p.desc.has_perm && p.op != Op::kGradInput;
-  config.prepares = gathers || !p.x_aligned;
+  config.prepares = gathers || !p.x_aligned || orders_bytes(row.shape().kernel);
   const int64_t columns = p.op == Op::kGradInput ? p.N : p.K;
   // Rows that start on a cache line cost nothing and spare a sector each.
   config.prepared_columns = round_up(columns, 128 / element_bytes(p.x));
@@ -271,7 +316,7 @@ bool refuses(const KernelRow& row, const Problem& p, const CudaTile64& weight,
     return why("needs sm_", row.capability, ", the device is sm_", device.capability);
   if (row.hopper && !device.hopper) return why("this build has no code for 90a");
   if (row.refuse(p, weight, why) || refuse_order(row, p, why)) return true;
-  if (row.hopper) {
+  if (has_plan(row)) {
     const int32_t cluster = forced_choice().wish.cluster;
     if (cluster > weight.tiles)
       return why("clusters of ", cluster, " blocks have no share each in the ", weight.tiles,
@@ -444,7 +489,7 @@ std::string to_string(const Config& c) {
   std::ostringstream percent;
   percent.precision(0);
   percent << std::fixed << 100 * c.efficiency;
-  if (c.row->hopper) {
+  if (has_plan(*c.row)) {
     const HopperPlan& plan = c.hopper;
     return concat(t.name, ": tiles of ", plan.strips * t.rows, " x ", t.tokens, ", steps of ",
                   t.step, ", ", t.warps(), " warps and one that copies, clusters of ", plan.cluster,

@@ -36,7 +36,7 @@ constexpr int step_groups(int64_t group_size, int step) {
 // Of one element of x.
 constexpr int x_bytes(const Tile& tile) {
   return tile.kernel == Kernel::kA8Int || tile.kernel == Kernel::kA8Fp8 ||
-                 tile.kernel == Kernel::kA8Decode
+                 tile.kernel == Kernel::kA8Decode || orders_bytes(tile.kernel)
              ? 1
              : 2;
 }

@@ -10,6 +10,9 @@ enum class Kernel : int {
   kHopperStream,
   kStream,
   kMatrix,
+  kHopperMatrix,
+  kHopperA8Int,
+  kHopperA8Fp8,
   kA8Int,
   kA8Fp8,
   kA8Decode,
@@ -28,9 +31,21 @@ struct Tile {
   int stages;                     // steps in flight
   int blocks_per_sm;              // that the registers allow
 
+  // That multiply; kernels of warpgroups have one more warpgroup, which only copies.
   constexpr int warps() const { return warps_n * warps_m * warps_k; }
   constexpr int threads() const { return 32 * warps(); }
 };
+
+// Whether the kernel is one of sm_90a's warpgroups (kernels/hopper.cuh), whose steps are laid out as box_stages.h says.
+constexpr bool has_warpgroups(Kernel kernel) {
+  return kernel == Kernel::kHopperMatrix || kernel == Kernel::kHopperA8Int ||
+         kernel == Kernel::kHopperA8Fp8;
+}
+
+// Whether it takes rows of bytes in the order of codec/bytes.cuh only: launch_prepare_rows() makes them.
+constexpr bool orders_bytes(Kernel kernel) {
+  return kernel == Kernel::kHopperA8Int || kernel == Kernel::kHopperA8Fp8;
+}
 
 // In order of preference within a kernel: the smallest M first.
 inline constexpr Tile kTiles[] = {
@@ -39,9 +54,18 @@ inline constexpr Tile kTiles[] = {
     {Kernel::kHopperStream, "hopper_stream_m16", 64, 16, 128, 1, 1, 4, 24, 3},
     {Kernel::kStream, "stream_m8", 64, 8, 64, 1, 1, 8, 4, 2},
     {Kernel::kStream, "stream_m16", 64, 16, 64, 1, 1, 8, 4, 2},
+    {Kernel::kHopperMatrix, "hopper_matrix_m16", 256, 16, 128, 8, 1, 1, 8, 1},
+    {Kernel::kHopperMatrix, "hopper_matrix_m32", 256, 32, 128, 8, 1, 1, 8, 1},
+    {Kernel::kHopperMatrix, "hopper_matrix_m64", 256, 64, 128, 8, 1, 1, 8, 1},
+    {Kernel::kHopperMatrix, "hopper_matrix_m128", 256, 128, 128, 8, 1, 1, 6, 1},
+    {Kernel::kHopperMatrix, "hopper_matrix_m256", 128, 256, 128, 8, 1, 1, 4, 1},
     {Kernel::kMatrix, "matrix_m32", 256, 32, 64, 4, 1, 2, 4, 1},
     {Kernel::kMatrix, "matrix_m64", 256, 64, 64, 4, 1, 2, 4, 1},
     {Kernel::kMatrix, "matrix_m128", 256, 128, 64, 4, 2, 1, 4, 1},
+    {Kernel::kHopperA8Int, "hopper_a8_int_m64", 256, 64, 128, 8, 1, 1, 8, 1},
+    {Kernel::kHopperA8Int, "hopper_a8_int_m128", 128, 128, 128, 8, 1, 1, 8, 1},
+    {Kernel::kHopperA8Fp8, "hopper_a8_fp8_m64", 256, 64, 128, 8, 1, 1, 8, 1},
+    {Kernel::kHopperA8Fp8, "hopper_a8_fp8_m128", 128, 128, 128, 8, 1, 1, 8, 1},
     {Kernel::kA8Int, "a8_int_m16", 64, 16, 64, 1, 1, 4, 4, 3},
     {Kernel::kA8Int, "a8_int_m64", 128, 64, 64, 2, 2, 1, 4, 2},
     {Kernel::kA8Int, "a8_int_m128", 128, 128, 64, 2, 4, 1, 4, 1},

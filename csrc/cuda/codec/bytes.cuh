@@ -47,6 +47,16 @@ struct SignedBytes {
     }
   }
 
+  // q - zero, as it is; `zeros` is the row's zero in every byte. Not for eight bits, which have no room for it.
+  template <int kRow>
+  static __device__ uint32_t minus(const Words& words, int fragment, uint32_t zeros) {
+    static_assert(P::kBits < 8, "q - zero in a signed byte");
+    uint32_t bytes = plane<P::kLow, 0, kRow>(words.word[0][fragment], 0x80808080u);
+    if constexpr (P::kHigh > 0)
+      bytes = plane<P::kHigh, P::kLow, kRow>(words.word[1][fragment], bytes);
+    return (bytes - zeros) ^ 0x80808080u;  // no byte borrows of the next: each is 128 + q
+  }
+
  private:
   // Fields of kBits at bit kAt of each byte, exclusive-or `onto`. The two halves of a cell are two registers apart, 2 * kBits;
   // where that is a byte, one shift moves both.
@@ -64,6 +74,57 @@ struct SignedBytes {
   // (a & mask) ^ b in one instruction.
   static __device__ uint32_t mask_xor(uint32_t a, uint32_t mask, uint32_t b) {
     return ptx::lop3<0x6a>(a, mask, b);
+  }
+};
+
+// Codes as e4m3 (e5m2 as itself), in the order above: rows g and g + 8 of a fragment of one cell. What comes out is the
+// code's value divided by kUnit.
+template <Format kFormat>
+struct Fp8Bytes {
+  static_assert(kFormat == Format::kFp8E4m3 || kFormat == Format::kFp8E5m2,
+                "or one of those below");
+  using Words = CellWords<2>;
+  static constexpr float kUnit = 1.0f;
+  static __device__ void rows(const Words& words, int fragment, uint32_t& g, uint32_t& g8) {
+    g = whole_bytes<0>(words.word[0][fragment], words.word[1][fragment]);
+    g8 = whole_bytes<1>(words.word[0][fragment], words.word[1][fragment]);
+  }
+};
+
+// Exponent and mantissa where e4m3 has their low and their high ends, as codec/fp.cuh does for 16 bits; the factor that
+// mends the bias is taken out of the sums.
+template <>
+struct Fp8Bytes<Format::kFp4E2m1> {
+  using Words = CellWords<1>;
+  static constexpr float kUnit = 64.0f;  // 2^(7 - 1), of the biases
+  static __device__ void rows(const Words& words, int fragment, uint32_t& g, uint32_t& g8) {
+    const uint32_t word = words.word[0][fragment];
+    g = and_or(word << 4, 0x80808080u, word << 2 & 0x1c1c1c1cu);
+    g8 = and_or(word, 0x80808080u, word >> 2 & 0x1c1c1c1cu);
+  }
+};
+
+// q - 8, looked up in registers as nf4 is (codec/nf4.cuh): four codes by three prmt.
+template <>
+struct Fp8Bytes<Format::kInt4> {
+  using Words = CellWords<1>;
+  static constexpr float kUnit = 1.0f;
+
+  static __device__ void rows(const Words& words, int fragment, uint32_t& g, uint32_t& g8) {
+    const uint32_t word = words.word[0][fragment];
+    const uint32_t low = word & 0x77777777u;
+    const uint32_t top = and_or(word >> 1, 0x44444444u, 0x32103210u);
+    const uint32_t first = look_up(low, top);               // element 0 of registers 0..3
+    const uint32_t second = look_up(low >> 16, top >> 16);  // element 1
+    g = ptx::prmt(first, second, 0x6420u);
+    g8 = ptx::prmt(first, second, 0x7531u);
+  }
+
+ private:
+  // -8 .. -5, -4 .. -1, 0 .. 3, 4 .. 7 in e4m3.
+  static __device__ uint32_t look_up(uint32_t low, uint32_t top) {
+    return ptx::prmt(ptx::prmt(0xcaccced0u, 0xb8c0c4c8u, low),
+                     ptx::prmt(0x44403800u, 0x4e4c4a48u, low), top);
   }
 };
 

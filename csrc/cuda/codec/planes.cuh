@@ -33,37 +33,50 @@ struct CellWords {
 
 namespace detail {
 
-__device__ inline void load_vector(const uint8_t* vector, int shift, uint32_t (&to)[kFragments]) {
-  const uint4 v = *reinterpret_cast<const uint4*>(vector);
-  to[0] = v.x >> shift;
-  to[1] = v.y >> shift;
-  to[2] = v.z >> shift;
-  to[3] = v.w >> shift;
+// kCount words of a lane's vector, from `vector` on.
+template <int kCount>
+__device__ void load_vector(const uint8_t* vector, int shift, uint32_t (&to)[kFragments]) {
+  if constexpr (kCount == 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(vector);
+    to[0] = v.x >> shift;
+    to[1] = v.y >> shift;
+    to[2] = v.z >> shift;
+    to[3] = v.w >> shift;
+  } else if constexpr (kCount == 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(vector);
+    to[0] = v.x >> shift;
+    to[1] = v.y >> shift;
+  } else {
+    to[0] = *reinterpret_cast<const uint32_t*>(vector) >> shift;
+  }
 }
 
 // A plane narrower than 8 bits: a vector serves 4 / bits cells.
-template <int kPlaneBits>
+template <int kPlaneBits, int kCount>
 __device__ void load_plane(const uint8_t* plane, int cell, int lane, uint32_t (&to)[kFragments]) {
   constexpr int cells = 4 / kPlaneBits;
-  load_vector(plane + cell / cells * kWarpVector + 16 * lane, cell % cells * 4 * kPlaneBits, to);
+  load_vector<kCount>(plane + cell / cells * kWarpVector + 16 * lane, cell % cells * 4 * kPlaneBits,
+                      to);
 }
 
 }  // namespace detail
 
 // `codes` holds kCells cells of a strip in shared memory: all of the first plane, then all of the second. 16-byte loads,
-// lane by lane, which is free of bank conflicts.
-template <Format kFormat, int kCells>
+// lane by lane, which is free of bank conflicts. A warp that has kCount of the strip's fragments gives codes + 4 * the
+// first of them; it gets them as 0, 1, ..., at the price of bank conflicts, 4 / kCount lanes on each.
+template <Format kFormat, int kCells, int kCount = kFragments>
 __device__ void load_cell(const uint8_t* codes, int cell, int lane,
                           CellWords<Planes<kFormat>::kWords>& to) {
   using P = Planes<kFormat>;
   if constexpr (P::kLow == 8) {
-    detail::load_vector(codes + (2 * cell) * kWarpVector + 16 * lane, 0, to.word[0]);
-    detail::load_vector(codes + (2 * cell + 1) * kWarpVector + 16 * lane, 0, to.word[1]);
+    const uint8_t* vector = codes + 2 * cell * kWarpVector + 16 * lane;
+    detail::load_vector<kCount>(vector, 0, to.word[0]);
+    detail::load_vector<kCount>(vector + kWarpVector, 0, to.word[1]);
   } else {
-    detail::load_plane<P::kLow>(codes, cell, lane, to.word[0]);
+    detail::load_plane<P::kLow, kCount>(codes, cell, lane, to.word[0]);
     if constexpr (P::kHigh > 0) {
       constexpr int low_bytes = kStripRows * kCellK * P::kLow / 8 * kCells;
-      detail::load_plane<P::kHigh>(codes + low_bytes, cell, lane, to.word[1]);
+      detail::load_plane<P::kHigh, kCount>(codes + low_bytes, cell, lane, to.word[1]);
     }
   }
 }

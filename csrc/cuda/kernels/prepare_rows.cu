@@ -31,7 +31,11 @@ struct PrepareParams {
   const int32_t* perm;
   void* to;
   uint32_t blocks_per_row;
+  RowOrder order;
 };
+
+// Which of 16 bytes in memory stands at place i in the order of codec/bytes.cuh.
+__device__ constexpr int ordered(int i) { return i / 4 * 2 + i % 4 / 2 + 8 * (i % 2); }
 
 // Elements [k0, k0 + 16 / kSize) of a row of the result, as 16 bytes; `index` says which columns of x they are.
 template <int kSize>
@@ -56,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const PreparePar
   int32_t index[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int64_t k = k0 + i;
+    const int64_t k = k0 + (p.order == RowOrder::kBytes ? ordered(i) : i);
     index[i] = !inside(k, p.K) ? -1 : p.perm == nullptr ? static_cast<int32_t>(k) : p.perm[k];
   }
   uint4 made[kRows];
@@ -113,16 +117,19 @@ void scatter(ScatterParams p, int64_t M, Stream stream) {
 
 }  // namespace
 
-void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, void* to,
-                         int64_t columns, Stream stream) {
+void launch_prepare_rows(const RowsParams& x, int64_t K, const int32_t* perm, RowOrder order,
+                         void* to, int64_t columns, Stream stream) {
   const int size = element_bytes(x.type);
   LOWBIT_CHECK(size <= 2, "prepare_rows: the general kernel takes fp32 activations as they are");
   LOWBIT_CHECK(columns >= K && is_aligned(to, columns * size, 16), "prepare_rows: rows of ",
                columns, " elements of ", size,
                " bytes are not whole 16-byte pieces that hold K=", K);
+  LOWBIT_CHECK(size == 1 || order == RowOrder::kPlain, "prepare_rows: elements of ", size,
+               " bytes have no order of bytes");
   const PrepareParams p{
       x.data,  x.M,  K,  x.stride,
-      columns, perm, to, static_cast<uint32_t>(div_up(columns * size, 16 * kThreads))};
+      columns, perm, to, static_cast<uint32_t>(div_up(columns * size, 16 * kThreads)),
+      order};
   if (size == 2) return prepare<2>(p, stream);
   prepare<1>(p, stream);
 }

@@ -1,0 +1,82 @@
+// What a step takes of shared memory in the kernels of warpgroups (kernels/hopper.cuh), and how many steps fit: host and
+// device. A step is a tile of the weight layout: 128 k.
+//
+//   stage = boxes of x, [tokens][128 bytes] each, swizzled | strips, each a tile as it is in memory: codes, scales, zeros
+//   block = stages, each at a multiple of 1024 | full and empty barriers of the stages | a word | sums on their way to y
+//
+// Where scales do not fit tiles (packing/cuda_tile64.h), the rows of the groups that the step touches stand behind the codes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/stages.h"
+#include "cuda/tensor_map.h"
+#include "cuda/tiles.h"
+#include "packing/cuda_tile64.h"
+
+namespace lowbit::cuda {
+
+inline constexpr int kWarpgroup = 128;  // threads
+
+struct BoxStage {
+  int32_t weights;        // bytes from the stage's start to its first strip
+  int32_t strip;          // from one strip to the next
+  int32_t scales, zeros;  // from a strip's start
+  int32_t bytes;          // of the stage
+  int32_t groups;         // the most that a step touches
+};
+
+// Of one tile of x, 128 bytes wide.
+constexpr int box_bytes(const Tile& tile) { return tile.tokens * kBoxBytes; }
+constexpr int boxes(const Tile& tile) { return tile.step * x_bytes(tile) / kBoxBytes; }
+
+// `Weight` is CudaTile64 or WeightParams.
+template <class Weight>
+constexpr BoxStage box_stage(const Tile& tile, const Weight& w) {
+  BoxStage stage{};
+  const int scale_row = static_cast<int>(w.scale_row_bytes);
+  const int zero_row = static_cast<int>(w.zero_row_bytes);
+  stage.weights = boxes(tile) * box_bytes(tile);
+  if (w.groups_per_tile != 0) {
+    stage.groups = w.groups_per_tile;
+    stage.strip = static_cast<int32_t>(w.tile_bytes);
+    stage.scales = static_cast<int32_t>(w.scales_offset);
+    stage.zeros = static_cast<int32_t>(w.zeros_offset);
+  } else {
+    stage.groups = w.groups == 1 ? 1 : step_groups(w.group_size, tile.step);
+    stage.scales = w.codes_bytes;
+    stage.zeros = stage.scales + stage.groups * scale_row;
+    stage.strip = stage.zeros + stage.groups * zero_row;
+  }
+  const int bytes = stage.weights + tile.rows / kStripRows * stage.strip;
+  stage.bytes = (bytes + 1023) / 1024 * 1024;
+  return stage;
+}
+
+// Behind the stages.
+inline constexpr int kMostBoxStages = 16;
+inline constexpr int kBarrierBytes = 2 * kMostBoxStages * 8;  // full, then empty
+inline constexpr int kElectionBytes = 16;
+
+// A warp turns its sums around 16 / fragments tokens at a time: [tokens][16 * fragments rows], with padding.
+constexpr int box_fragments(const Tile& tile) { return tile.rows / (16 * tile.warps_n); }
+constexpr int turned_floats(int fragments) { return 16 / fragments * (16 * fragments + 4); }
+
+constexpr int64_t box_shared_bytes(const Tile& tile, const BoxStage& stage, int stages) {
+  return int64_t{stages} * stage.bytes + kBarrierBytes + kElectionBytes +
+         int64_t{tile.warps()} * turned_floats(box_fragments(tile)) * 4;
+}
+
+template <class Weight>
+constexpr Residency box_residency(const Tile& tile, const Weight& weight,
+                                  int64_t shared_per_block) {
+  const BoxStage stage = box_stage(tile, weight);
+  for (int stages = std::min(tile.stages, kMostBoxStages); stages >= 2; --stages) {
+    const int64_t bytes = box_shared_bytes(tile, stage, stages);
+    if (bytes <= shared_per_block) return {stages, 1, bytes};
+  }
+  return {0, 0, 0};
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,122 @@
+"""The kernels of warpgroups for Hopper: whole numbers, which show a wrong row or column however small, and odd shapes of x."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+import problems
+import reference
+from emulator.library import ORDERS
+from lowbit import _C
+from problems import Problem, cuda_desc, expected, forced, gemm, on, pack
+from reference import Spec, Weight
+
+KERNELS = [name for name in problems.A16 if name.startswith("hopper_matrix_m")]
+A8 = [name for name in problems.A8 if name.startswith("hopper_a8_")]
+INT4 = Spec("int4", "int", 32, "float16")
+
+
+def tokens_of(kernel: str) -> int:
+    return int(kernel.rsplit("_m", 1)[1])
+
+
+def one_in_each_row(spec: Spec, N: int, K: int) -> Weight:
+    """A weight that is 1 at (n, 5 n % K), and 0 elsewhere."""
+    packed = torch.full((N, K // 2), 0x88, dtype=torch.uint8)
+    n = torch.arange(N)
+    k = 5 * n % K
+    packed[n, k // 2] += torch.where(k % 2 == 0, 1, 16).to(torch.uint8)
+    shapes = _C.canonical_shapes(N, K, cases.desc(spec))
+    scales = torch.ones(shapes["scales"], dtype=torch.float16)
+    return dataclasses.replace(cases.random_weight(spec, N, K), packed=packed, scales=scales)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_element_of_y_is_where_it_belongs(backend: Any, kernel: str) -> None:
+    """Each row of W picks a column of x, whose elements say which they are. N, M and K end inside tiles."""
+    tokens = tokens_of(kernel)
+    spec = Spec("int4", "none", 64, "float16")
+    for M, N, K in ((tokens, 256, 192), (tokens + 9, 331, 320)):
+        weight = one_in_each_row(spec, N, K)
+        m, k = torch.arange(M).view(-1, 1), torch.arange(K).view(1, -1)
+        x = ((m * 31 + k * 7) % 2039).to(torch.float16)
+        p = Problem(spec, M, N, K, torch.float16)
+        with forced(kernel):
+            y = gemm(backend, p, x, weight)
+        assert torch.equal(y, x[:, 5 * torch.arange(N) % K]), (M, N, K)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_x_as_it_comes(backend: Any, kernel: str) -> None:
+    """The copy engine takes rows on 16-byte boundaries that do not overlap; others are copied first."""
+    p = Problem(INT4, 5, 130, 200, torch.bfloat16)
+    w = pack(backend, p.weight)
+    wide = torch.full((5, 411), torch.nan, dtype=p.dtype)
+    wide[:, 1:201] = p.x()
+    one_row = p.x()[:1].expand(5, 200)
+    with forced(kernel):
+        for x in (p.x(), wide[:, 1:201], p.x()[:1], one_row):
+            y = backend.ops.gemm(on(backend, x), w, None, p.N, p.K, p.desc, 0).cpu()
+            reference.assert_close(y, expected(p, x), (kernel, x.shape, x.stride()))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_order_of_threads_and_blocks_does_not_matter(backend: Any, kernel: str) -> None:
+    """With tiles that blocks share and blocks that have several, so that the ring goes on from one tile to the next."""
+    for sms in (3, 7):
+        backend.set_device(90, sms)
+        p = Problem(INT4, 9, 520, 1100, torch.bfloat16)
+        results = []
+        with forced(kernel):
+            for seed, order in enumerate((*ORDERS, ORDERS[2])):
+                backend.set_order(order, seed)
+                results.append(gemm(backend, p))
+        reference.assert_close(results[0], expected(p), (kernel, sms))
+        assert all(torch.equal(results[0], other) for other in results[1:]), sms
+
+
+def test_refusals_have_their_values() -> None:
+    """And selection leaves what they refuse to others."""
+    int4 = cuda_desc(Spec("int4", "none", 16))
+    zeros = cuda_desc(Spec("int8", "int", 32))
+    for op, dtype, desc, kernel, words in (
+        ("gemm", "float32", int4, "hopper_matrix_m64", "activations are float32, which tensor cores do not take"),
+        ("gemm_a8", "int8", int4, "hopper_a8_int_m64", "group_size=16 is not a multiple of 32"),
+        ("gemm_a8", "int8", zeros, "hopper_a8_int_m64", "int8 weights less their zeros do not fit int8"),
+        ("gemm_a8", "float8_e4m3fn", zeros, "hopper_a8_fp8_m64", "int8 weights are neither fp8 nor made fp8"),
+    ):
+        reasons = dict(_C.explain(op, "sm_90", 64, 1024, 4096, desc, dtype, 0))
+        assert reasons[f"cuda_{kernel}_sm_90"] == words
+        assert list(reasons.values()).count("") == 1
+    fits = cuda_desc(Spec("int4", "none", 128))
+    reasons = dict(_C.explain("gemm", "sm_120", 64, 1024, 4096, fits, "bfloat16", 0))
+    assert reasons["cuda_hopper_matrix_m64_sm_90"] == "needs sm_90, the device is sm_120"
+    reasons = dict(_C.explain("gemm", "sm_90", 64, 1024, 4096, fits, "bfloat16", cases.BATCH_INVARIANT))
+    assert reasons["cuda_hopper_matrix_m64_sm_90"].startswith("its order of additions is not that of other tiles")
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_two_stages_of_every_weight_fit(kind: str) -> None:
+    format, zero_kind, scaling = cases.KINDS[kind]
+    try:
+        for group in (128,) if scaling == "block128" else (16, 48, 128, -1):
+            desc = cuda_desc(Spec(format, zero_kind, group, "float32", scaling))
+            for kernel in KERNELS:
+                _C.force_kernel(kernel)
+                text = _C.describe_config("gemm", "sm_90", 64, 4096, 4096, desc, "bfloat16", 0)
+                assert text.startswith(f"{kernel}: tiles of "), text
+    finally:
+        _C.force_kernel("")
+
+
+def test_zeros_of_activations_are_refused(backend: Any) -> None:
+    weight = cases.random_weight(Spec("int4", "none", 32, "float16"), 64, 128)
+    xq, scales = torch.ones(3, 128, dtype=torch.int8), torch.ones(3, 1)
+    arguments = (on(backend, xq), on(backend, scales), torch.ones(3, 1, dtype=torch.int32), pack(backend, weight))
+    with forced("hopper_a8_int_m64"), pytest.raises(RuntimeError, match=r"cannot run .*: activations have zeros"):
+        backend.ops.gemm_a8(*arguments, None, 64, 128, cuda_desc(weight.spec), 0, torch.float32)
