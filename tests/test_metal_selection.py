@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cases
 from cases import KINDS
@@ -194,3 +196,18 @@ def test_tensors_on_mps_are_refused_with_the_reason() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[0] == "True", done.stderr
     assert "lowbit::gemm: a tensor is on mps, and there are no Metal kernels here: because." in done.stdout, done.stdout
+
+
+def test_tracing_knows_the_ops_on_mps() -> None:
+    """By the fake kernels of every device: compile and export see shapes, dtypes and the device, without a Mac."""
+    desc = cases.desc(Spec("int4", "int", 32), LAYOUT)
+    lowbit = torch.ops.lowbit
+    with FakeTensorMode():
+        x = torch.empty(2, 64, device="mps", dtype=torch.bfloat16)
+        w = torch.empty(_C.packed_size(20, 64, desc), device="mps", dtype=torch.uint8)
+        q, s, _ = lowbit.quantize_activation(x, cases.ENUMS["format"]["int8"], -1, None, None, None, True)
+        y8 = lowbit.gemm_a8(q, s, None, w, None, 20, 64, desc, 0, torch.float16)
+        found = [y8, lowbit.gemm_grad_input(y8, w, 20, 64, desc, 0), *lowbit.unpack(w, 20, 64, desc)]
+        assert {t.device.type for t in found} == {"mps"} and found[1].shape == (2, 64)
+        traced = make_fx(lambda x, w: lowbit.gemm(x, w, None, 20, 64, desc, 0).relu())(x, w)
+    assert any(node.target is lowbit.gemm.default for node in traced.graph.nodes)
