@@ -36,7 +36,8 @@ def test_quantized_on_load_saved_and_loaded(family: str, tmp_path: Path) -> None
     folder = dense(tmp_path, family)
     model = load(folder, quantization_config=lowbit.LowbitConfig("int4-g32"), dtype=torch.float32)
     found = experts(model)
-    assert UP in found and DOWN in found and model.config._experts_implementation == "lowbit"
+    assert UP in found and DOWN in found and model.config._experts_implementation != "lowbit"
+    assert model.model.layers[1].mlp.experts.config._experts_implementation == "lowbit"
     assert found[UP].weight.dim() == 2 and not [p for p in model.parameters() if p.dim() == 3]
     expected, tokens = logits(model), greedy(model, 6)
 
@@ -48,7 +49,7 @@ def test_quantized_on_load_saved_and_loaded(family: str, tmp_path: Path) -> None
     assert report.bytes_after == sum(t.nbytes for t in (*reference.parameters(), *reference.buffers()))
 
     plain = copy.deepcopy(model).dequantize()
-    assert not experts(plain) and plain.config._experts_implementation == before
+    assert not experts(plain) and plain.model.layers[1].mlp.experts.config._experts_implementation == before
     torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(greedy(plain, 6), tokens)
 
@@ -120,14 +121,14 @@ def test_errors_name_the_parameter(tmp_path: Path) -> None:
     assert not experts(model)
 
 
-def test_another_implementation_says_what_to_do(tmp_path: Path) -> None:
+def test_another_implementation_leaves_quantized_experts_alone(tmp_path: Path) -> None:
     model = load(dense(tmp_path))
-    lowbit.quantize_(model, "int4-g32")
+    lowbit.quantize_(model, "int4-g32", overrides={"*.0.mlp.experts": None})
+    expected = logits(model)
     model.set_experts_implementation("eager")
-    with pytest.raises(TypeError, match=r"set_experts_implementation\('lowbit'\)"):
-        logits(model)
-    model.set_experts_implementation("lowbit")
-    assert bool(logits(model).isfinite().all())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    other = transformers.AutoModelForCausalLM.from_config(model.config)  # of the same config, and not quantized
+    assert not experts(other) and other.model.layers[1].mlp.experts.config._experts_implementation == "eager"
 
 
 def test_other_parameters_of_three_dimensions_are_announced(tmp_path: Path) -> None:

@@ -197,8 +197,7 @@ class QuantizedExperts(PackedModule):
 
     def __getitem__(self, index: object) -> Tensor:
         raise TypeError(
-            "the weights of these experts are quantized and have no dense slices: call the module, or "
-            "model.set_experts_implementation('lowbit') where Transformers runs them"
+            "the weights of these experts are quantized and have no dense slices: call the module, or its expert(index)"
         )
 
     def _label(self) -> str:

@@ -6,6 +6,7 @@ multiplies the rows of each by its weights, quantized or not, so that it takes m
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any, Final
@@ -69,20 +70,24 @@ def _product(module: Any, name: str, x: Tensor, counts: list[int]) -> Tensor:
 
 
 def switch(model: nn.Module) -> None:
-    """Let Transformers run the model's quantized experts with `experts_forward`."""
+    """Let Transformers run the model's quantized experts with `experts_forward`.
+
+    The modules get a config of their own, so that the model's stays as it is, for itself and for whoever makes another model
+    from it.
+    """
     for module in _owners(model):
         _register()
-        before = module.config._experts_implementation
-        if before != NAME:
+        if module.config._experts_implementation != NAME:
+            setattr(module, _BEFORE, module.config)
+            module.config = copy.copy(module.config)
             module.config._experts_implementation_internal = NAME
-            setattr(module, _BEFORE, before)
 
 
 def restore(model: nn.Module) -> None:
     """Undo `switch`, before experts are dense again."""
     for module in list(_owners(model)):
         if hasattr(module, _BEFORE):
-            module.config._experts_implementation_internal = getattr(module, _BEFORE)
+            module.config = getattr(module, _BEFORE)
             delattr(module, _BEFORE)
 
 
