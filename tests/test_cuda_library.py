@@ -160,7 +160,9 @@ def test_registers_every_op_that_has_a_cpu_kernel(library, stub):
     assert done.returncode == 0, done.stderr
     keys = {name: set(on) for name, *on in (line.split() for line in done.stdout.splitlines())}
     assert keys
-    assert [name for name, on in keys.items() if on not in ({"CPU", "CUDA"}, set())] == []
+    # On CUDA, embedding is made of unpack and dequantize, in Python, where lowbit itself has loaded the library.
+    composed = ["lowbit::embedding"]
+    assert [name for name, on in keys.items() if on not in ({"CPU", "CUDA"}, set())] == composed
     assert keys["lowbit::gemm"] == {"CPU", "CUDA"}
 
 
