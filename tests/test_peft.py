@@ -140,7 +140,7 @@ def test_prepare_model_for_kbit_training_does_no_harm(folder: Path, dtype: torch
 def test_qlora_on_a_checkpoint_of_bitsandbytes(tmp_path: Path) -> None:
     model = run(complete("bitsandbytes-nf4", tmp_path / "model"), dtype=torch.float32)
     names = [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
-    assert names and all(str(model.get_submodule(name).scheme) == "nf4-g64-fp32" for name in names)
+    assert names and all(str(model.get_submodule(name).scheme) == "nf4-g64-flat-dyn8-x256fp32" for name in names)
     model = peft.get_peft_model(model, config())
     before = base(model)
     losses = train(model)

@@ -171,11 +171,13 @@ def grad_case(kernel: str, spec: Spec, M: int, N: int, K: int, sms: int) -> Case
 
 
 def pack_case(spec: Spec, N: int, K: int) -> Case:
-    """Back as it was, and dequantized to the CPU's bits."""
+    """The CPU's bytes, padding and all; back as it was; and dequantized to the CPU's bits."""
 
     def run(backend: Emulator) -> Outputs:
         weight = cases.random_weight(spec, N, K)
         w = problems.pack(backend, weight)
+        same = torch.ops.lowbit.pack(*weight.tensors, N, K, problems.cuda_desc(spec), *weight.supers)
+        assert torch.equal(w, same), "pack"
         back = backend.ops.unpack(w, N, K, problems.cuda_desc(spec))
         assert all(
             got.numel() == 0 if given is None else same_bits([got], [given])

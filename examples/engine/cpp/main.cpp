@@ -19,12 +19,15 @@ using Absent = std::optional<Tensor>;  // an argument that may be absent
 
 // As the schemas in docs/ops.md, to the letter: the compiler cannot compare the two.
 using Quantize = std::tuple<Tensor, Tensor, Tensor>(const Tensor& weight, int64_t desc, bool search,
-                                                    const Absent& importance);
+                                                    const Absent& importance,
+                                                    const Absent& super_scales);
 using Dequantize = Tensor(const Tensor& packed, const Tensor& scales, const Absent& zeros,
                           const Absent& perm, int64_t N, int64_t K, int64_t desc,
-                          at::ScalarType out_dtype);
+                          at::ScalarType out_dtype, const Absent& super_scales,
+                          const Absent& super_zeros);
 using Pack = Tensor(const Tensor& packed, const Tensor& scales, const Absent& zeros,
-                    const Absent& perm, int64_t N, int64_t K, int64_t desc);
+                    const Absent& perm, int64_t N, int64_t K, int64_t desc,
+                    const Absent& super_scales, const Absent& super_zeros);
 using Gemm = Tensor(const Tensor& x, const Tensor& w, const Absent& bias, int64_t N, int64_t K,
                     int64_t desc, int64_t flags);
 using GemmOut = void(const Tensor& x, const Tensor& w, const Absent& bias, int64_t N, int64_t K,
@@ -67,8 +70,9 @@ int main(int argc, char** argv) {
   at::manual_seed(0);
 
   // Once, when a weight is loaded. An engine reads packed and scales from a checkpoint.
-  const auto [packed, scales, zeros] = quantize.call(at::randn({N, K}), canonical, false, none);
-  const Tensor w = pack.call(packed, scales, none, none, N, K, desc);
+  const auto [packed, scales, zeros] =
+      quantize.call(at::randn({N, K}), canonical, false, none, none);
+  const Tensor w = pack.call(packed, scales, none, none, N, K, desc, none, none);
   if (argc > 1 && std::strcmp(argv[1], "damage") == 0) w.data_ptr<uint8_t>()[0] ^= 8;
 
   // For every token.
@@ -77,7 +81,8 @@ int main(int argc, char** argv) {
   Tensor out = at::empty({M, N});
   gemm_out.call(x, w, none, N, K, desc, flags, out, none);
 
-  const Tensor W = dequantize.call(packed, scales, none, none, N, K, canonical, at::kFloat);
+  const Tensor W =
+      dequantize.call(packed, scales, none, none, N, K, canonical, at::kFloat, none, none);
   const bool right = within_bound(y, x, W) && at::equal(y, out);
   std::printf("%s\n", right ? "right" : "WRONG");
 
