@@ -257,7 +257,7 @@ def all_cases() -> tuple[Case, ...]:
         (TABLE, 66, 104),
         (NF4, 64, 128),
         (POWERS, 130, 264),
-        (SMALL_FLOATS, 70, 136),
+        (SMALL_FLOATS, 150, 136),
     ):
         listed.append(pack_case(spec, N, K))
     whole = Spec("int4", "int", -1, "float16")
