@@ -11,7 +11,7 @@ from lowbit.formats._record import Plan
 from lowbit.formats._settings import Settings
 from lowbit.formats._source import Source
 
-__all__ = ["Container", "Format"]
+__all__ = ["Container", "Format", "by_method"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,15 @@ class Format:
     by_config: Callable[[Settings], str | None]
     by_tensors: Callable[[Source], str | None]
     plan: Callable[[Source, list[Settings]], Plan]
+
+
+def by_method(name: str) -> Callable[[Settings], str | None]:
+    """The `by_config` of a format that every config of its own names as quant_method."""
+
+    def by_config(settings: Settings) -> str | None:
+        return f"quant_method is {name!r}" if settings.values.get("quant_method") == name else None
+
+    return by_config
 
 
 @dataclasses.dataclass(frozen=True)

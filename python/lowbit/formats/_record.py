@@ -16,7 +16,7 @@ from lowbit.formats._source import Source, natural
 from lowbit.linear import QuantizedLinear
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["ExpertsRecord", "LinearRecord", "Plan", "PlannedLinear", "PlannedTensor", "plain_tensors"]
+__all__ = ["ExpertsRecord", "LinearRecord", "Plan", "PlannedLinear", "PlannedTensor", "kinds_of", "plain_tensors"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,6 +180,11 @@ class Plan:
     def __iter__(self) -> Iterator[tuple[str, LinearRecord | ExpertsRecord | Tensor]]:
         for name in self.names:
             yield name, self.read(name)
+
+
+def kinds_of(layers: Mapping[str, PlannedLinear]) -> str:
+    """What kinds of layers there are, for people: each once."""
+    return "; ".join(sorted({layer.about for layer in layers.values()}))
 
 
 def plain_tensors(source: Source, layers: Iterable[PlannedLinear]) -> dict[str, PlannedTensor]:

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from lowbit import _C, _safetensors
-from lowbit.formats._format import Format
+from lowbit.formats._format import Format, by_method
 from lowbit.formats._module import Module, describe
-from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
+from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, kinds_of, plain_tensors
 from lowbit.formats._settings import Settings
 from lowbit.formats._source import Source
 from lowbit.scheme import Scheme
@@ -53,8 +53,7 @@ _FP4_UNIT: Final = 192
 # -- recognising it ----------------------------------------------------------------------------------------------------------
 
 
-def _by_config(settings: Settings) -> str | None:
-    return "quant_method is 'bitsandbytes'" if settings.values.get("quant_method") == "bitsandbytes" else None
+_by_config = by_method("bitsandbytes")
 
 
 def _by_tensors(source: Source) -> str | None:
@@ -90,8 +89,7 @@ def _plan(source: Source, settings: list[Settings]) -> Plan:
             if _by_config(one) and one.boolean(other, False):
                 raise module.fail(f"holds {8 if eight else 4} bits, but {one.where} says {other}")
         layers[module.path] = _planned_8bit(module) if eight else _planned_4bit(module)
-    kinds = sorted({layer.about for layer in layers.values()})
-    return Plan(str(source.path), FORMAT.name, "; ".join(kinds), layers, plain_tensors(source, layers.values()))
+    return Plan(str(source.path), FORMAT.name, kinds_of(layers), layers, plain_tensors(source, layers.values()))
 
 
 def _planned_8bit(module: Module) -> PlannedLinear:

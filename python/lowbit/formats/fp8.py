@@ -17,7 +17,7 @@ from typing import Final
 
 from lowbit.errors import ArtifactError
 from lowbit.formats._float8 import FP8, check_float8, read_float8
-from lowbit.formats._format import Format
+from lowbit.formats._format import Format, by_method
 from lowbit.formats._inputs import Inputs
 from lowbit.formats._module import Module, modules, plan_experts
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
@@ -29,10 +29,6 @@ __all__ = ["FORMAT"]
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
 _PROJECTIONS: Final = ("gate_up_proj", "up_proj", "down_proj")
 _KEYS: Final = ("quant_method", "activation_scheme", "weight_block_size", "fmt", "scale_fmt")
-
-
-def _by_config(settings: Settings) -> str | None:
-    return "quant_method is 'fp8'" if settings.values.get("quant_method") == "fp8" else None
 
 
 def _by_tensors(source: Source) -> str | None:
@@ -95,7 +91,7 @@ def _plan_layer(module: Module, block: bool, activation: str) -> PlannedLinear:
 FORMAT: Final = Format(
     "fp8",
     "FP8: DeepSeek and transformers (128 x 128 blocks), vLLM (one scale)",
-    _by_config,
+    by_method("fp8"),
     _by_tensors,
     _plan,
 )

@@ -15,7 +15,7 @@ import torch
 
 from lowbit.errors import ArtifactError
 from lowbit.experts import ExpertWeights
-from lowbit.formats._format import Format
+from lowbit.formats._format import Format, by_method
 from lowbit.formats._module import Module, describe, modules
 from lowbit.formats._record import ExpertsRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings
@@ -27,10 +27,6 @@ __all__ = ["FORMAT"]
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _PROJECTIONS: Final = ("gate_up_proj", "down_proj")
 _SCHEME: Final = Scheme.parse("mxfp4")
-
-
-def _by_config(settings: Settings) -> str | None:
-    return "quant_method is 'mxfp4'" if settings.values.get("quant_method") == "mxfp4" else None
 
 
 def _stored(source: Source) -> Iterator[tuple[Module, str]]:
@@ -71,4 +67,4 @@ def _planned(module: Module, name: str) -> PlannedLinear:
     return module.planned(shape, f"mxfp4, {E} experts", (blocks, scales), read)
 
 
-FORMAT: Final = Format("mxfp4", "gpt-oss: experts in MXFP4, one tensor each", _by_config, _by_tensors, _plan)
+FORMAT: Final = Format("mxfp4", "gpt-oss: experts in MXFP4, one tensor each", by_method("mxfp4"), _by_tensors, _plan)

@@ -19,9 +19,9 @@ from torch import Tensor
 from lowbit.errors import ArtifactError
 from lowbit.formats._bits import pack_codes
 from lowbit.formats._codes import group_about, integer_weight
-from lowbit.formats._format import Format
+from lowbit.formats._format import Format, by_method
 from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules, scale_name
-from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
+from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, kinds_of, plain_tensors
 from lowbit.formats._settings import Settings
 from lowbit.formats._source import Source
 from lowbit.scheme import Scheme
@@ -47,10 +47,6 @@ _ABOUT: Final = (
 _WEIGHT: Final = ("W_q", "scale", "zero", "shape", "packing", *_NUMBERS)
 
 
-def _by_config(settings: Settings) -> str | None:
-    return "quant_method is 'hqq'" if settings.values.get("quant_method") == "hqq" else None
-
-
 def _by_tensors(source: Source) -> str | None:
     for module in modules(source, "W_q"):
         if "scale" in module and "zero" in module:
@@ -62,8 +58,7 @@ def _plan(source: Source, settings: list[Settings]) -> Plan:
     layers = {module.path: _planned(module) for module in modules(source, "W_q")}
     if not layers:
         raise ArtifactError(f"{source.path}: says hqq, but no layer has a W_q")
-    kinds = sorted({layer.about for layer in layers.values()})
-    return Plan(str(source.path), FORMAT.name, "; ".join(kinds), layers, plain_tensors(source, layers.values()))
+    return Plan(str(source.path), FORMAT.name, kinds_of(layers), layers, plain_tensors(source, layers.values()))
 
 
 def _number(module: Module, leaf: str, default: int | None = None) -> int:
@@ -160,4 +155,6 @@ def _weight(
     return QuantizedWeight.from_tensors({"packed": packed, "scales": scales, "zeros": zeros}, scheme, (N, K))
 
 
-FORMAT: Final = Format("hqq", "models quantized by HQQ, as Transformers 4 saved them", _by_config, _by_tensors, _plan)
+FORMAT: Final = Format(
+    "hqq", "models quantized by HQQ, as Transformers 4 saved them", by_method("hqq"), _by_tensors, _plan
+)

@@ -18,7 +18,7 @@ import torch
 from lowbit.errors import ArtifactError
 from lowbit.formats._format import Format
 from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules, plan_experts, scale_name
-from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
+from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, kinds_of, plain_tensors
 from lowbit.formats._settings import Settings, agreed
 from lowbit.formats._source import Source
 from lowbit.scheme import Scheme
@@ -104,8 +104,7 @@ def _plan(source: Source, settings: list[Settings]) -> Plan:
     for key, value in config.values.items():
         if isinstance(value, dict) and key not in layers:
             raise ArtifactError(f"{config.where}: has a layer {key[:200]!r}, which is not among the tensors")
-    kinds = sorted({layer.about for layer in layers.values()})
-    return Plan(str(source.path), FORMAT.name, "; ".join(kinds), layers, plain_tensors(source, layers.values()))
+    return Plan(str(source.path), FORMAT.name, kinds_of(layers), layers, plain_tensors(source, layers.values()))
 
 
 def _setting(config: Settings, path: str) -> _Setting:

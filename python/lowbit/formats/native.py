@@ -19,7 +19,7 @@ import torch
 from lowbit._canonical import check_shape, stored_tensors
 from lowbit.errors import ArtifactError
 from lowbit.experts import ExpertWeights
-from lowbit.formats._format import Format
+from lowbit.formats._format import Format, by_method
 from lowbit.formats._module import Module, describe, modules
 from lowbit.formats._record import ExpertsRecord, LinearRecord, Plan, PlannedLinear, plain_tensors
 from lowbit.formats._settings import Settings
@@ -36,8 +36,7 @@ _LONGEST: Final = 200  # bytes of a scheme's string
 _LARGEST: Final = 1 << 31  # products of E, N and K are computed before they are compared with what is stored
 
 
-def _by_config(settings: Settings) -> str | None:
-    return f"quant_method is {METHOD!r}" if settings.values.get("quant_method") == METHOD else None
+_by_config = by_method(METHOD)
 
 
 def _by_tensors(source: Source) -> str | None:

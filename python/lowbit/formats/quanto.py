@@ -18,9 +18,9 @@ import torch
 from lowbit.errors import ArtifactError
 from lowbit.formats._codes import group_about, integer_weight
 from lowbit.formats._float8 import FP8
-from lowbit.formats._format import Format
+from lowbit.formats._format import Format, by_method
 from lowbit.formats._module import SCALE_DTYPES, Module, describe
-from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
+from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, kinds_of, plain_tensors
 from lowbit.formats._settings import Settings
 from lowbit.formats._source import Source
 from lowbit.scheme import Scheme
@@ -34,10 +34,6 @@ _PACKED: Final = ".weight._data._data"
 _WEIGHT: Final = ("_data", "_scale")
 _INPUTS: Final = ("input_scale", "output_scale")
 _KINDS: Final = {torch.int8: "qint8", torch.float8_e4m3fn: "qfloat8_e4m3fn", torch.float8_e5m2: "qfloat8_e5m2"}
-
-
-def _by_config(settings: Settings) -> str | None:
-    return "quant_method is 'quanto'" if settings.values.get("quant_method") == "quanto" else None
 
 
 def _by_tensors(source: Source) -> str | None:
@@ -78,8 +74,7 @@ def _plan(source: Source, settings: list[Settings]) -> Plan:
     for name in qmap.values:
         if name not in layers:
             raise ArtifactError(f"{where}: names {name[:200]!r}, which has no weight._data")
-    kinds = sorted({layer.about for layer in layers.values()})
-    return Plan(str(source.path), FORMAT.name, "; ".join(kinds), layers, plain_tensors(source, layers.values()))
+    return Plan(str(source.path), FORMAT.name, kinds_of(layers), layers, plain_tensors(source, layers.values()))
 
 
 def _planned(module: Module, own: Settings | None) -> PlannedLinear:
@@ -110,4 +105,6 @@ def _planned(module: Module, own: Settings | None) -> PlannedLinear:
     return module.planned((N, K), about, (*_WEIGHT, *_INPUTS, "bias"), read)
 
 
-FORMAT: Final = Format("quanto", "models quantized by optimum-quanto: int8 and float8", _by_config, _by_tensors, _plan)
+FORMAT: Final = Format(
+    "quanto", "models quantized by optimum-quanto: int8 and float8", by_method("quanto"), _by_tensors, _plan
+)

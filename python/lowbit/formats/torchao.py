@@ -20,9 +20,9 @@ from lowbit.errors import ArtifactError
 from lowbit.formats._bits import pack_codes
 from lowbit.formats._codes import group_about, integer_weight
 from lowbit.formats._float8 import FP8, check_float8, read_float8
-from lowbit.formats._format import Format
+from lowbit.formats._format import Format, by_method
 from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules
-from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, plain_tensors
+from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, kinds_of, plain_tensors
 from lowbit.formats._settings import Settings
 from lowbit.formats._source import Source
 
@@ -51,10 +51,6 @@ class _About(NamedTuple):
     activation: str | None
 
 
-def _by_config(settings: Settings) -> str | None:
-    return "quant_method is 'torchao'" if settings.values.get("quant_method") == "torchao" else None
-
-
 def _by_tensors(source: Source) -> str | None:
     for module in modules(source, _QDATA):
         return f"{module.path} has {_QDATA} {describe(module.info(_QDATA))}"
@@ -70,8 +66,7 @@ def _plan(source: Source, settings: list[Settings]) -> Plan:
     if not layers:
         raise ArtifactError(f"{source.path}: says torchao, but no weight has a {_QDATA}")
     _refuse_others(source, {f"{path}.weight" for path in layers})
-    kinds = sorted({layer.about for layer in layers.values()})
-    return Plan(str(source.path), FORMAT.name, "; ".join(kinds), layers, plain_tensors(source, layers.values()))
+    return Plan(str(source.path), FORMAT.name, kinds_of(layers), layers, plain_tensors(source, layers.values()))
 
 
 # -- metadata --------------------------------------------------------------------------------------------------------------
@@ -220,5 +215,5 @@ def _plan_float(module: Module, about: _About) -> PlannedLinear:
 
 
 FORMAT: Final = Format(
-    "torchao", "models quantized by torchao, as Transformers saves them", _by_config, _by_tensors, _plan
+    "torchao", "models quantized by torchao, as Transformers saves them", by_method("torchao"), _by_tensors, _plan
 )
