@@ -16,6 +16,7 @@ from typing import Final
 
 import torch
 
+from lowbit._checks import SCALE_DTYPES
 from lowbit.formats._module import Module
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
@@ -25,11 +26,11 @@ __all__ = ["KINDS", "Microscaling", "check_microscaling"]
 _E8M0: Final = (torch.uint8, torch.float8_e8m0fnu)
 _ONE: Final = ((), (1,), (1, 1))
 
-#: name -> (scheme, dtypes of codes, dtypes of scales).
-KINDS: Final[dict[str, tuple[str, tuple[torch.dtype, ...], tuple[torch.dtype, ...]]]] = {
-    "mxfp4": ("mxfp4", (torch.uint8,), _E8M0),
-    "mxfp8": ("mxfp8", (torch.float8_e4m3fn,), _E8M0),
-    "nvfp4": ("nvfp4", (torch.uint8,), (torch.float8_e4m3fn,)),
+#: Scheme -> (dtypes of codes, dtypes of scales).
+KINDS: Final[dict[str, tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]]] = {
+    "mxfp4": ((torch.uint8,), _E8M0),
+    "mxfp8": ((torch.float8_e4m3fn,), _E8M0),
+    "nvfp4": ((torch.uint8,), (torch.float8_e4m3fn,)),
 }
 
 
@@ -63,8 +64,8 @@ class Microscaling:
 
 def check_microscaling(module: Module, store: Microscaling) -> tuple[tuple[int, int], Callable[[], QuantizedWeight]]:
     """(N, K) of a layer, and what reads its weight; refuse tensors that do not fit each other."""
-    text, codes, scales = KINDS[store.kind]
-    scheme = Scheme.parse(text)
+    codes, scales = KINDS[store.kind]
+    scheme = Scheme.parse(store.kind)
     N, width = module.check(store.codes, codes, None).shape
     K = width * 8 // scheme.bits
     module.positive(N, K)
@@ -77,7 +78,7 @@ def check_microscaling(module: Module, store: Microscaling) -> tuple[tuple[int, 
     def read() -> QuantizedWeight:
         tensors = {
             "packed": module.read(store.codes).view(torch.uint8),
-            "scales": module.read(store.scales).view(torch.uint8).view(_scale_dtype(scheme)),
+            "scales": module.read(store.scales).view(torch.uint8).view(SCALE_DTYPES[str(scheme.scale_dtype)]),
         }
         if store.above is not None:
             number = module.read(store.above).reshape(1)
@@ -87,7 +88,3 @@ def check_microscaling(module: Module, store: Microscaling) -> tuple[tuple[int, 
         return QuantizedWeight.from_tensors(tensors, scheme, (N, K))
 
     return (N, K), read
-
-
-def _scale_dtype(scheme: Scheme) -> torch.dtype:
-    return torch.float8_e4m3fn if scheme.scale_dtype == "e4m3" else torch.float8_e8m0fnu

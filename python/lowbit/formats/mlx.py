@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from lowbit import _checks
 from lowbit.errors import ArtifactError
 from lowbit.formats._format import Format
 from lowbit.formats._module import SCALE_DTYPES, Module, describe, modules, plan_experts, scale_name
@@ -31,19 +32,11 @@ _BITS: Final = (2, 3, 4, 5, 6, 8)
 _GROUPS: Final = (16, 32, 64, 128)
 
 
-class _Mode(NamedTuple):
-    format: str
-    bits: int
-    group_size: int
-    scales: torch.dtype
-    scale_dtype: str
-
-
-#: The modes whose codes are floating point numbers.
+#: The modes whose codes are floating point numbers. MLX's nvfp4 has no scale above those of groups.
 _MODES: Final = {
-    "mxfp4": _Mode("fp4_e2m1", 4, 32, torch.float8_e8m0fnu, "e8m0"),
-    "mxfp8": _Mode("fp8_e4m3", 8, 32, torch.float8_e8m0fnu, "e8m0"),
-    "nvfp4": _Mode("fp4_e2m1", 4, 16, torch.float8_e4m3fn, "e4m3"),
+    "mxfp4": Scheme.parse("mxfp4"),
+    "mxfp8": Scheme.parse("mxfp8"),
+    "nvfp4": Scheme.parse("fp4-g16-e4m3"),
 }
 
 
@@ -157,9 +150,8 @@ def _weight(module: Module, setting: _Setting, shape: tuple[int, int]) -> Quanti
         tensors["offsets"] = module.read("biases")
         scheme = Scheme(f"int{setting.bits}", setting.group_size, "offset", scale_name(module.info("scales")))
     else:
-        mode = _MODES[setting.mode]
-        tensors["scales"] = tensors["scales"].view(mode.scales)
-        scheme = Scheme(mode.format, setting.group_size, scale_dtype=mode.scale_dtype)
+        scheme = _MODES[setting.mode]
+        tensors["scales"] = tensors["scales"].view(_checks.SCALE_DTYPES[str(scheme.scale_dtype)])
     return QuantizedWeight.from_tensors(tensors, scheme, shape)
 
 
