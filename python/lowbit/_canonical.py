@@ -24,6 +24,7 @@ __all__ = [
     "preferred_layout",
     "runs_on",
     "same_tensor",
+    "scale_codes",
     "stored_tensors",
     "super_scale_of",
     "tensor_name",
@@ -104,12 +105,13 @@ def super_scale_of(weight: Tensor, scheme: Scheme) -> Tensor | None:
     if scheme.super_groups == 0:
         return None
     row = next(row for row in _C.format_table() if row["name"] == scheme.format)
-    top = max(value for value in _scale_codes(str(scheme.scale_dtype)) if math.isfinite(value))
+    top = max(value for value in scale_codes(str(scheme.scale_dtype)) if math.isfinite(value))
     largest = weight.detach().abs().amax().float()
     return torch.where(largest == 0, 1.0, largest / (row["max"] * top)).reshape(1)
 
 
-def _scale_codes(dtype: str) -> list[float]:
+def scale_codes(dtype: str) -> list[float]:
+    """The values of scales that are codes, by code: "e4m3", "dynamic8", ...."""
     return next(row["code"] for row in _C.scale_table() if row["name"] == dtype)
 
 

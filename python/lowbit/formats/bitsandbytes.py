@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C, _safetensors
+from lowbit._canonical import scale_codes
 from lowbit.formats._format import Format, by_method
 from lowbit.formats._module import Module, describe
 from lowbit.formats._record import LinearRecord, Plan, PlannedLinear, kinds_of, plain_tensors
@@ -199,34 +200,37 @@ def _read_4bit(module: Module, state: _State) -> QuantizedWeight:
     _check_book(module.read("weight.quant_map"), nf4)
     nibbles = module.read("weight").reshape(-1).view(torch.uint8).reshape(state.N, -1)
     packed = (nibbles << 4) | (nibbles >> 4) if nf4 else _as_e4m3(nibbles)
-    unit = 1 if nf4 else _FP4_UNIT
-    format = "nf4" if nf4 else "fp8_e4m3"
-    tensors, scheme = _nested_absmax(module, state, format, unit)
-    if tensors is None:
-        tensors, scheme = _plain_absmax(module, state, format, unit)
+    tensors, scheme = (
+        _nested_absmax(module, state) if nf4 and _is_dynamic(module, state) else _plain_absmax(module, state)
+    )
     return QuantizedWeight.from_tensors({"packed": packed, **tensors}, scheme, (state.N, state.K))
 
 
-def _nested_absmax(module: Module, state: _State, format: str, unit: int) -> tuple[dict[str, Tensor] | None, Scheme]:
-    """absmax as it is stored; None where it is not quantized, or by another code book than the one there is."""
-    block, every = state.block, state.nested_block
-    scheme = Scheme(format, block, "none", "dynamic8", "flat", super_groups=every or -1)
-    book = torch.tensor(next(row["code"] for row in _C.scale_table() if row["name"] == "dynamic8"))
-    if every is None or unit != 1 or not torch.equal(module.read("weight.nested_quant_map"), book):
-        return None, scheme
+def _is_dynamic(module: Module, state: _State) -> bool:
+    """Whether absmax is quantized by the code book that scales can have."""
+    if state.nested_block is None:
+        return False
+    return torch.equal(module.read("weight.nested_quant_map"), torch.tensor(scale_codes("dynamic8")))
+
+
+def _nested_absmax(module: Module, state: _State) -> tuple[dict[str, Tensor], Scheme]:
+    """absmax of NF4 as it is stored."""
+    assert state.nested_block is not None
     return {
         "scales": module.read("weight.absmax"),
         "super_scales": module.read("weight.nested_absmax"),
         "scale_offset": torch.tensor([state.nested_offset], dtype=torch.float32),
-    }, scheme
+    }, Scheme("nf4", state.block, "none", "dynamic8", "flat", super_groups=state.nested_block)
 
 
-def _plain_absmax(module: Module, state: _State, format: str, unit: int) -> tuple[dict[str, Tensor], Scheme]:
-    """absmax in fp32."""
-    scales, block, K = _read_absmax(module, state) / unit, state.block, state.K
-    if K % block == 0:
-        return {"scales": scales.reshape(state.N, -1)}, Scheme(format, block, scale_dtype="float32")
-    return {"scales": scales}, Scheme(format, block, scale_dtype="float32", scaling="flat")
+def _plain_absmax(module: Module, state: _State) -> tuple[dict[str, Tensor], Scheme]:
+    """absmax in fp32, of FP4 divided by the unit of its code book."""
+    scales, format = _read_absmax(module, state), "nf4"
+    if state.kind == "fp4":
+        scales, format = scales / _FP4_UNIT, "fp8_e4m3"
+    if state.K % state.block == 0:
+        return {"scales": scales.reshape(state.N, -1)}, Scheme(format, state.block, scale_dtype="float32")
+    return {"scales": scales}, Scheme(format, state.block, scale_dtype="float32", scaling="flat")
 
 
 def _as_e4m3(nibbles: Tensor) -> Tensor:
