@@ -374,19 +374,24 @@ const KernelRow* pick_measured(const Problem& p, const CudaTile64& weight,
 }
 
 // The first row that neither refuses nor defers. Those that deferred to wider tiles which then refused stand in before
-// the general kernel does.
+// the general kernel does. Deferring is asked first: a refusal may cost a plan of the work, on every call.
 const KernelRow& pick(const Problem& p, const CudaTile64& weight, const DeviceInfo& device) {
   if (const char* name = forced_for(p.op)) return pick_forced(name, p, weight, device);
   if (const KernelRow* row = pick_measured(p, weight, device)) return *row;
-  const KernelRow* deferred = nullptr;
-  for (const KernelRow& row : kernel_table()) {
+  const std::vector<KernelRow>& rows = kernel_table();
+  const KernelRow* general = nullptr;
+  for (const KernelRow& row : rows) {
     if (row.op != p.op) continue;
-    if (row.general) return deferred == nullptr ? row : *deferred;
-    if (refuses(row, p, weight, device, Why())) continue;
-    if (!defers(row, p, Why())) return row;
-    deferred = &row;
+    if (row.general) {
+      general = &row;
+    } else if (!defers(row, p, Why()) && !refuses(row, p, weight, device, Why())) {
+      return row;
+    }
   }
-  fail("no CUDA kernel of ", name_of(p.op));  // not reached: each op's last row is general
+  for (auto row = rows.rbegin(); row != rows.rend(); ++row) {
+    if (row->op == p.op && !row->general && !refuses(*row, p, weight, device, Why())) return *row;
+  }
+  return *general;  // each op's last row
 }
 
 }  // namespace
