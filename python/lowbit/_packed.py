@@ -22,11 +22,12 @@ from lowbit._experts import ExpertWeights
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["PackedModule", "frozen"]
+__all__ = ["CANONICAL", "PackedModule", "frozen"]
 
 Self = TypeVar("Self", bound="PackedModule")
 
-_CANONICAL: Final = 0
+#: The layout of a module that is not prepared.
+CANONICAL: Final = 0
 _WEIGHT_PARTS: Final = (
     "packed", "scales", "zeros", "offsets", "perm", "super_scales", "super_offsets", "scale_offset"
 )  # fmt: skip
@@ -84,7 +85,7 @@ class PackedModule(nn.Module):
         self._desc = self.scheme.desc(layout, self.has_perm)
 
     def _empty_weight(self, device: torch.device) -> None:
-        self._set_layout(_CANONICAL)
+        self._set_layout(CANONICAL)
         layout = device_layout(device, self.scheme, self.has_perm)
         if layout is None:  # meta: as large as it will be on the CPU
             layout = preferred_layout(torch.device("cpu"), self.scheme, self.has_perm)
@@ -142,9 +143,13 @@ class PackedModule(nn.Module):
         return kind.unpack(self.weight.detach(), self.scheme, self._shape, self.layout, self.has_perm)
 
     def _need_weight(self, what: str) -> None:
-        if self.weight.is_meta or self.layout == _CANONICAL:
+        if self.weight.is_meta or self.layout == CANONICAL:
             where = "is on the meta device" if self.weight.is_meta else "was never loaded"
             raise RuntimeError(f"{what}: the weight of {self._label()} {where}: call load_state_dict")
+
+    def _not_prepared(self) -> RuntimeError:
+        """Why a layer cannot run yet; raise it."""
+        return RuntimeError(f"the weight of {self._label()} is not prepared: load a state_dict, or call prepare()")
 
     def _label(self) -> str:
         raise NotImplementedError
@@ -152,7 +157,7 @@ class PackedModule(nn.Module):
     def _state(self) -> str:
         """The state of the weight, for `print(model)`."""
         layout = next(name for name, value in _C.enums()["layout"].items() if value == self.layout)
-        return f"layout={layout}" if self.layout != _CANONICAL else "not prepared"
+        return f"layout={layout}" if self.layout != CANONICAL else "not prepared"
 
     def prepare(self: Self) -> Self:
         """Bring the weight into the layout that kernels of its device read; nothing happens when it is in it already.
@@ -186,9 +191,9 @@ class PackedModule(nn.Module):
             self._empty_weight(self.weight.device)  # to_empty(): the bytes mean nothing
         for other in self._tied:  # which may have been replaced, not changed in place
             other._parameters["weight"] = self._parameters["weight"]
-        if was_meta and self.layout == _CANONICAL:
+        if was_meta and self.layout == CANONICAL:
             return self
-        moved = self.layout != _CANONICAL and self.weight.device.type != before.type
+        moved = self.layout != CANONICAL and self.weight.device.type != before.type
         # Without kernels there (or on the meta device) the bytes keep their layout, and are valid again when back.
         if moved and device_layout(self.weight.device, self.scheme, self.has_perm) is not None:
             self.prepare()
@@ -213,7 +218,7 @@ class PackedModule(nn.Module):
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
 
     def _canonical(self) -> dict[str, Tensor]:
-        if not self.weight.is_meta and self.layout != _CANONICAL:
+        if not self.weight.is_meta and self.layout != CANONICAL:
             found: dict[str, Tensor] = self._canonical_weight().tensors()
             return found
         # Nothing to unpack: tensors of the right shapes, which is what callers that fill a state_dict in place need.

@@ -6,12 +6,11 @@ state_dict holds what that of a QuantizedLinear without a bias holds: the canoni
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from lowbit._packed import PackedModule
+from lowbit._packed import CANONICAL, PackedModule
 from lowbit.linear import QuantizedLinear
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
@@ -19,7 +18,6 @@ from lowbit.weight import QuantizedWeight
 __all__ = ["QuantizedEmbedding"]
 
 _embedding = torch.ops.lowbit.embedding.default
-_CANONICAL: Final = 0
 
 
 class QuantizedEmbedding(PackedModule):
@@ -139,8 +137,8 @@ class QuantizedEmbedding(PackedModule):
         Raises:
             RuntimeError: the module has not been prepared, or an index is out of range; the message holds the values.
         """
-        if self.layout == _CANONICAL:
-            raise RuntimeError(f"the weight of {self._label()} is not prepared: load a state_dict, or call prepare()")
+        if self.layout == CANONICAL:
+            raise self._not_prepared()
         weight = self._parameters["weight"]
         return _embedding(indices, weight, self.num_embeddings, self.embedding_dim, self._desc, self.dtype)
 

@@ -6,14 +6,13 @@ state_dict holds what that of a QuantizedLinear holds, every tensor with a leadi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from lowbit import ops
 from lowbit._experts import ExpertWeights
-from lowbit._packed import PackedModule, frozen
+from lowbit._packed import CANONICAL, PackedModule, frozen
 from lowbit.linear import QuantizedLinear, _A8Linear
 from lowbit.scheme import Scheme, format_info
 
@@ -21,7 +20,6 @@ __all__ = ["ExpertWeights", "QuantizedExperts"]
 
 _gemm = torch.ops.lowbit.gemm.default
 _linear = torch.ops.lowbit.linear.default
-_CANONICAL: Final = 0
 
 
 class QuantizedExperts(PackedModule):
@@ -160,8 +158,8 @@ class QuantizedExperts(PackedModule):
         return torch.cat(parts) if parts else x.new_empty((0, N))
 
     def _check(self, x: Tensor, counts: Sequence[int], bias: Tensor | None) -> None:
-        if self.layout == _CANONICAL:
-            raise RuntimeError(f"the weight of {self._label()} is not prepared: load a state_dict, or call prepare()")
+        if self.layout == CANONICAL:
+            raise self._not_prepared()
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [S, K={self.in_features}], got {list(x.shape)}")
         if len(counts) != self.num_experts or sum(counts) != len(x) or min(counts) < 0:

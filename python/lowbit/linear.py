@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import ops
-from lowbit._packed import PackedModule, frozen
+from lowbit._packed import CANONICAL, PackedModule, frozen
 from lowbit.scheme import Scheme, format_info
 from lowbit.weight import QuantizedWeight
 
@@ -27,7 +27,6 @@ __all__ = ["QuantizedLinear"]
 
 _gemm = torch.ops.lowbit.gemm.default
 _linear = torch.ops.lowbit.linear.default
-_CANONICAL: Final = 0
 _INPUTS: Final[tuple[str, ...]] = ("input_scale", "input_zero", "input_pre_scale")
 
 
@@ -201,8 +200,8 @@ class QuantizedLinear(PackedModule):
         Raises:
             RuntimeError: the module has not been prepared, or x does not fit; the message holds the values.
         """
-        if self.layout == _CANONICAL:
-            raise RuntimeError(f"the weight of {self._label()} is not prepared: load a state_dict, or call prepare()")
+        if self.layout == CANONICAL:
+            raise self._not_prepared()
         # Straight from the dict: nn.Module.__getattr__ costs a good part of a microsecond per tensor.
         parameters = self._parameters
         weight, bias = parameters["weight"], parameters["bias"]

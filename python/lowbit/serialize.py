@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lowbit import _artifact
 from lowbit._artifact import Item, Layer, Manifest
-from lowbit._packed import PackedModule
+from lowbit._packed import CANONICAL, PackedModule
 from lowbit._places import ExpertsParameter, embeds, experts_at, experts_parameters, features, replace_module
 from lowbit._progress import progress_bar
 from lowbit._safetensors import dtype_name
@@ -132,7 +132,7 @@ def _collect_layer(path: str, module: PackedModule, layers: dict[str, Layer]) ->
             f"the model is itself a {type(module).__name__}: save its quantized_weight() with QuantizedWeight.save, or put "
             "it into a module"
         )
-    if module.weight.is_meta or module.layout == 0:
+    if module.weight.is_meta or module.layout == CANONICAL:
         raise ValueError(f"{path}: the quantized weight was never loaded")
     layer = Layer(module.scheme, module._shape, module.has_perm)
     layers[path] = layer
