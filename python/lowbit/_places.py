@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "ExpertsParameter",
+    "beside_gathering",
     "embeds",
     "experts_at",
     "experts_parameters",
@@ -95,8 +96,17 @@ def _experts(module: nn.Module, name: str) -> ExpertsParameter | None:
 
 def embeds(module: nn.Module) -> bool:
     """Whether a module is an nn.Embedding that does nothing but gather rows."""
-    plain = type(module) is nn.Embedding
-    return plain and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
+    return isinstance(module, nn.Embedding) and beside_gathering(module) is None
+
+
+def beside_gathering(embedding: nn.Embedding) -> str | None:
+    """What an nn.Embedding does, or may do, but gather rows; None for a plain one."""
+    if type(embedding) is not nn.Embedding:
+        return f"{type(embedding).__name__} is a subclass of nn.Embedding"
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(embedding, option):
+            return f"an nn.Embedding with {option} changes its weight as it runs, or while it is trained"
+    return None
 
 
 def tied_linears(model: nn.Module, embedding: nn.Embedding) -> list[str] | None:

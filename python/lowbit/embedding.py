@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit._packed import CANONICAL, PackedModule
+from lowbit._places import beside_gathering
 from lowbit.linear import QuantizedLinear
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
@@ -169,8 +170,5 @@ def _check_scheme(scheme: Scheme) -> None:
 def check_embedding(embedding: nn.Embedding, scheme: Scheme) -> None:
     """Raise ValueError where an nn.Embedding does more than to gather rows, or the scheme is not one for weights alone."""
     _check_scheme(scheme)
-    if type(embedding) is not nn.Embedding:
-        raise ValueError(f"{type(embedding).__name__} is a subclass of nn.Embedding")
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(embedding, option):
-            raise ValueError(f"an nn.Embedding with {option} changes its weight as it runs, or while it is trained")
+    if (reason := beside_gathering(embedding)) is not None:
+        raise ValueError(reason)
