@@ -60,11 +60,9 @@ def gather_strips(indices: Tensor, w: Tensor, N: int, K: int, desc: int, out_dty
     flat = indices.reshape(-1)
     if flat.numel() == 0:
         return w.new_empty((*indices.shape, K), dtype=out_dtype)
-    cuttable = d.scaling == "group" and not d.has_perm and d.super_groups == 0
-    rows = _STRIP_ROWS[d.layout] if cuttable else N
-    if not cuttable:
-        found = _dense(w, N, K, desc, out_dtype).index_select(0, flat)
-        return found.reshape(*indices.shape, K)
+    if d.scaling != "group" or d.has_perm or d.super_groups != 0:  # no strip is a weight of its own
+        return _dense(w, N, K, desc, out_dtype).index_select(0, flat).reshape(*indices.shape, K)
+    rows = _STRIP_ROWS[d.layout]
     strip_bytes = _C.packed_size(2 * rows, K, desc) - _C.packed_size(rows, K, desc)
     strips = w[: -(-N // rows) * strip_bytes].view(-1, strip_bytes)
     parts = []

@@ -45,7 +45,7 @@ def quantize(
     backend gives the same bits:
 
         symmetric, coded    scales = absmax / max        max: 2^(bits-1) - 0.5, or the largest |code|
-      e8m0 scales       scales = 2^(floor(log2 absmax) - floor(log2 max))       (OCP MX)
+        e8m0 scales         scales = 2^(floor(log2 absmax) - floor(log2 max))           (OCP MX)
         int zeros           scales = (hi - lo) / (2^bits - 1)       zeros = round(-lo / scales)      lo <= 0 <= hi
         float zeros         the same scales                         zeros = -lo / scales
         offset              scales = (hi - lo) / (2^bits - 1)       zeros = lo
