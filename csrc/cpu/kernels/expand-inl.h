@@ -16,12 +16,6 @@ inline V::F e4m3_scales(V::I codes) {
 #endif
 }
 
-inline V::F look_up(const uint8_t* p, const float* code) {
-  float values[16];
-  for (int n = 0; n < 16; ++n) values[n] = code[p[n]];
-  return V::load(values);
-}
-
 // body(decode): decode(p) gives the sixteen scales at p.
 template <class Body>
 void with_scale_decoder(const WeightView& w, const Body& body) {
@@ -36,10 +30,8 @@ void with_scale_decoder(const WeightView& w, const Body& body) {
       return body([](const uint8_t* p) { return V::to_f(V::iload_u8(p)); });
     case ScaleDtype::kInt6:
       return body([](const uint8_t* p) { return V::to_f(V::isub(V::iload_u8(p), V::iset1(32))); });
-    case ScaleDtype::kInt8:
+    default:  // kInt8
       return body([](const uint8_t* p) { return V::to_f(V::isub(V::iload_u8(p), V::iset1(128))); });
-    default:
-      return body([&w](const uint8_t* p) { return look_up(p, w.scale_code); });
   }
 }
 
@@ -49,15 +41,33 @@ inline V::F super_values(const WeightView& w, const WeightView::Table& t, const 
   return load16(strip + t.offset + (g >> t.shift) * bytes, w.super_dtype);
 }
 
-// Offsets are codes in the dtype of the scales, of 4 bits in the same bytes.
+// to[g - first] = decode(codes of g) * super of g, for rows of 16; the row of super scales is loaded once for all its groups.
 template <class Decode>
-void expand_offsets(const WeightView& w, const uint8_t* strip, int64_t first, int64_t count,
-                    const Decode& decode, float* to) {
-  for (int64_t g = first; g < first + count; ++g, to += 16) {
-    const V::F codes = w.scale_dtype == ScaleDtype::kUInt4
-                           ? V::to_f(V::shr<4>(V::iload_u8(strip + w.scales_offset + g * 16)))
-                           : decode(strip + w.zeros_offset + g * 16);
-    V::store(to, V::mul(codes, super_values(w, w.super_zeros, strip, g)));
+void expand_table(const WeightView& w, const WeightView::Table& supers, const uint8_t* strip,
+                  int64_t codes, int64_t first, int64_t count, const Decode& decode, float* to) {
+  const uint8_t* p = strip + codes + first * 16;
+  const int64_t end = first + count;
+  if (supers.offset == 0) {
+    for (int64_t g = first; g < end; ++g, p += 16, to += 16) V::store(to, decode(p));
+    return;
+  }
+  for (int64_t g = first; g < end;) {
+    const V::F super = super_values(w, supers, strip, g);
+    const int64_t next = ((g >> supers.shift) + 1) << supers.shift;
+    for (const int64_t last = next < end ? next : end; g < last; ++g, p += 16, to += 16)
+      V::store(to, V::mul(decode(p), super));
+  }
+}
+
+// Looked up for all groups before anything is loaded of it: a load of what has just been stored piece by piece would wait.
+void expand_dynamic(const WeightView& w, const uint8_t* strip, int64_t first, int64_t count,
+                    float* scales) {
+  const uint8_t* p = strip + w.scales_offset + first * 16;
+  for (int64_t i = 0; i < count * 16; ++i) scales[i] = w.scale_code[p[i]];
+  const V::F plus = super_values(w, w.super_zeros, strip, 0);  // one for all
+  for (int64_t g = first; g < first + count; ++g, scales += 16) {
+    const V::F s = V::mul(V::load(scales), super_values(w, w.supers, strip, g));
+    V::store(scales, V::add(s, plus));
   }
 }
 
@@ -69,15 +79,15 @@ void expand_scales(const WeightView& w, int64_t strip, int64_t first, int64_t co
       V::store(scales, V::set1(w.scale_code[base[w.scales_offset + g]]));
     return;
   }
+  if (w.scale_dtype == ScaleDtype::kDynamic8) return expand_dynamic(w, base, first, count, scales);
   with_scale_decoder(w, [&](const auto& decode) {
-    float* to = scales;
-    for (int64_t g = first; g < first + count; ++g, to += 16) {
-      V::F s = decode(base + w.scales_offset + g * 16);
-      if (w.supers.offset != 0) s = V::mul(s, super_values(w, w.supers, base, g));
-      if (w.scale_dtype == ScaleDtype::kDynamic8)
-        s = V::add(s, super_values(w, w.super_zeros, base, g));
-      V::store(to, s);
+    expand_table(w, w.supers, base, w.scales_offset, first, count, decode, scales);
+    if (zeros == nullptr) return;
+    if (w.scale_dtype == ScaleDtype::kUInt4) {  // offsets stand in the same bytes
+      const auto high = [](const uint8_t* p) { return V::to_f(V::shr<4>(V::iload_u8(p))); };
+      expand_table(w, w.super_zeros, base, w.scales_offset, first, count, high, zeros);
+    } else {
+      expand_table(w, w.super_zeros, base, w.zeros_offset, first, count, decode, zeros);
     }
-    if (zeros != nullptr) expand_offsets(w, base, first, count, decode, zeros);
   });
 }
