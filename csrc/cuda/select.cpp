@@ -8,177 +8,11 @@
 #include "cuda/schedule.h"
 #include "cuda/stages.h"
 #include "cuda/tuning.h"
-#include "formats/format_table.h"
 
 namespace lowbit::cuda {
 namespace {
 
-// ---- what each kernel takes --------------------------------------------------------------------------------------------
-
-bool refuse_nothing(const Problem&, const CudaTile64&, const Why&) { return false; }
-
-// A cell of 16 k must lie in one group, so that its codes share scales.
-bool refuse_group(const Problem& p, const CudaTile64& weight, int64_t multiple, const Why& why) {
-  if (weight.groups == 1 || weight.group_size % multiple == 0) return false;
-  if (p.desc.scaling == Scaling::kFlat)
-    return why("blocks of ", p.desc.group_size, " across rows of K=", p.K, " have no more than ",
-               weight.group_size, " k in common, which is not a multiple of ", multiple);
-  return why("group_size=", weight.group_size, " is not a multiple of ", multiple);
-}
-
-bool refuse_16_bit(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (p.x == Element::kFloat32)
-    return why(p.op == Op::kGradInput ? "dy is" : "activations are",
-               " float32, which tensor cores do not take");
-  return refuse_group(p, weight, 16, why);
-}
-
-// Stages of the kernels for Hopper hold a tile as it lies in the layout: no room for floats that are made of other scales
-// (expand.cuh).
-bool refuse_stored(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (weight.plain) return false;
-  return why("scales in ", name_of(p.desc.scale_dtype),
-             " are no floats, which is what its stages hold");
-}
-
-bool refuse_hopper(const Problem& p, const CudaTile64& weight, const Why& why) {
-  return refuse_stored(p, weight, why) || refuse_16_bit(p, weight, why);
-}
-
-bool is_integer_product(const Problem& p) {
-  const ZeroKind zeros = p.desc.zero_kind;
-  return p.x == Element::kInt8 && format_info(p.desc.format).is_integer &&
-         (zeros == ZeroKind::kNone || zeros == ZeroKind::kInt);
-}
-
-// The perm sorts columns of W by group; scales per 128 columns of x do not survive it.
-bool refuse_grouped_perm(const Problem& p, const Why& why) {
-  if (!p.grouped_x || !p.desc.has_perm) return false;
-  return why("activation scales per 128 of K do not go with a perm");
-}
-
-bool refuse_a8_int(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (p.x != Element::kInt8) return why("activations are not int8");
-  if (!is_integer_product(p)) {
-    const FormatInfo& info = format_info(p.desc.format);
-    if (!info.is_integer) return why(info.name, " weights are not integers");
-    return why("weights with zeros=", name_of(p.desc.zero_kind), " are not integers");
-  }
-  return refuse_grouped_perm(p, why) || refuse_group(p, weight, 16, why);
-}
-
-bool refuse_a8_fp8(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (p.x != Element::kFp8E4m3) return why("activations are not fp8");
-  if (p.desc.format != Format::kFp8E4m3 && p.desc.format != Format::kFp8E5m2)
-    return why(format_info(p.desc.format).name, " weights are not fp8");
-  return refuse_grouped_perm(p, why) || refuse_group(p, weight, 16, why);
-}
-
-// Two cells of 16 k are one wgmma: 32 k of one group.
-bool refuse_hopper_a8_int(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (refuse_a8_int(p, weight, why) || refuse_stored(p, weight, why)) return true;
-  if (p.x_zeros) return why("activations have zeros");
-  if (p.desc.format == Format::kInt8 && p.desc.zero_kind == ZeroKind::kInt)
-    return why("int8 weights less their zeros do not fit int8");
-  return refuse_group(p, weight, 32, why);
-}
-
-bool refuse_hopper_a8_fp8(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (p.x != Element::kFp8E4m3) return why("activations are not fp8");
-  const FormatInfo& info = format_info(p.desc.format);
-  if (p.desc.format != Format::kFp8E4m3 && p.desc.format != Format::kFp8E5m2 &&
-      p.desc.format != Format::kFp4E2m1 && p.desc.format != Format::kInt4)
-    return why(info.name, " weights are neither fp8 nor made fp8");
-  if (info.is_integer && p.desc.zero_kind != ZeroKind::kNone)
-    return why("weights with zeros=", name_of(p.desc.zero_kind), " are not made fp8");
-  return refuse_grouped_perm(p, why) || refuse_stored(p, weight, why) ||
-         refuse_group(p, weight, 32, why);
-}
-
-bool refuse_a8_decode(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
-  if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset)
-    return why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
-  return refuse_grouped_perm(p, why) || refuse_group(p, weight, 16, why);
-}
-
-// ---- the table ---------------------------------------------------------------------------------------------------------
-
-// What all tile shapes of a kernel have in common.
-struct Family {
-  Kernel kernel;
-  int capability;
-  const char* takes;
-  bool (*refuse)(const Problem&, const CudaTile64&, const Why&);
-  bool hopper = false;
-};
-
-constexpr const char* kEverything = "everything";
-
-constexpr Family kFamilies[] = {
-    {Kernel::kHopperStream, 90,
-     "few rows of bf16 or fp16 x on sm_90, groups in multiples of 16: weights copied in bulk, K "
-     "cut "
-     "among the blocks of a cluster",
-     refuse_hopper, true},
-    {Kernel::kStream, 80,
-     "few rows of bf16 or fp16 x, groups in multiples of 16: weights read once, decoded in "
-     "registers",
-     refuse_16_bit},
-    {Kernel::kHopperMatrix, 90,
-     "bf16 or fp16 x on sm_90, groups in multiples of 16: wgmma, weights decoded into its "
-     "registers",
-     refuse_hopper, true},
-    {Kernel::kMatrix, 80,
-     "bf16 or fp16 x, groups in multiples of 16: tensor cores, weights decoded from shared memory",
-     refuse_16_bit},
-    {Kernel::kHopperA8Int, 90,
-     "int8 x without zeros times integers on sm_90, groups in multiples of 32: wgmma, exact in "
-     "int32",
-     refuse_hopper_a8_int, true},
-    {Kernel::kHopperA8Fp8, 90,
-     "fp8 x times fp8, fp4 or int4 on sm_90, groups in multiples of 32: wgmma, promoted to fp32",
-     refuse_hopper_a8_fp8, true},
-    {Kernel::kA8Int, 80,
-     "int8 x times integers without or with integer zeros, groups in multiples of 16: exact in "
-     "int32",
-     refuse_a8_int},
-    {Kernel::kA8Fp8, 89,
-     "fp8 x times fp8 weights, groups in multiples of 16: fp8 tensor cores, promoted to fp32",
-     refuse_a8_fp8},
-    {Kernel::kA8Decode, 80,
-     "8-bit x times codes that bf16 holds exactly, groups in multiples of 16: bf16 tensor cores",
-     refuse_a8_decode},
-    {Kernel::kGrad, 80, "bf16 or fp16 dy, groups in multiples of 16: tensor cores", refuse_16_bit},
-    {Kernel::kGeneral, 80, kEverything, refuse_nothing},
-    {Kernel::kGeneralGrad, 80, kEverything, refuse_nothing},
-};
-
-bool is_general(Kernel kernel) {
-  return kernel == Kernel::kGeneral || kernel == Kernel::kGeneralGrad;
-}
-
-std::vector<Op> ops_of(Kernel kernel) {
-  switch (kernel) {
-    case Kernel::kHopperStream:
-    case Kernel::kStream:
-    case Kernel::kHopperMatrix:
-    case Kernel::kMatrix:
-      return {Op::kGemm};
-    case Kernel::kHopperA8Int:
-    case Kernel::kHopperA8Fp8:
-    case Kernel::kA8Int:
-    case Kernel::kA8Fp8:
-    case Kernel::kA8Decode:
-      return {Op::kGemmA8};
-    case Kernel::kGrad:
-    case Kernel::kGeneralGrad:
-      return {Op::kGradInput};
-    case Kernel::kGeneral:
-      return {Op::kGemm, Op::kGemmA8};
-  }
-  return {};
-}
+// ---- what selection knows of a row -------------------------------------------------------------------------------------
 
 const Tuning* tuning_of(const Tile& tile) {
   for (const Tuning& row : kTuning) {
@@ -338,27 +172,18 @@ bool defers(const KernelRow& row, const Problem& p, const Why& why) {
   return row.hopper && why(kUnmeasured);
 }
 
-// The forced name where the op has a row of that name.
-const char* forced_for(Op op) {
-  const char* name = forced_choice().kernel;
-  if (name == nullptr) return nullptr;
+// Null: the op has no kernel of this name.
+const KernelRow* find_row(Op op, const char* name) {
   for (const KernelRow& row : kernel_table()) {
-    if (row.op == op && std::strcmp(row.name(), name) == 0) return name;
+    if (row.op == op && std::strcmp(row.name(), name) == 0) return &row;
   }
   return nullptr;
 }
 
-const KernelRow& pick_forced(const char* name, const Problem& p, const CudaTile64& weight,
-                             const DeviceInfo& device) {
-  for (const KernelRow& row : kernel_table()) {
-    if (row.op != p.op || std::strcmp(row.name(), name) != 0) continue;
-    std::string reason;
-    LOWBIT_CHECK(!refuses(row, p, weight, device, Why(&reason)), "kernel ", name,
-                 " is forced and cannot run M=", p.M, " N=", p.N, " K=", p.K, " ",
-                 to_string(p.desc), ": ", reason);
-    return row;
-  }
-  fail("kernel ", name, " is not one of ", name_of(p.op));
+// Null: nothing is forced, or no row of this op.
+const KernelRow* forced_row(Op op) {
+  const char* name = forced_choice().kernel;
+  return name == nullptr ? nullptr : find_row(op, name);
 }
 
 // The row that a sweep has found fastest, if it takes the problem.
@@ -366,17 +191,20 @@ const KernelRow* pick_measured(const Problem& p, const CudaTile64& weight,
                                const DeviceInfo& device) {
   const Measured* const measured = measured_for(p, device);
   if (measured == nullptr) return nullptr;
-  for (const KernelRow& row : kernel_table()) {
-    if (row.op == p.op && std::strcmp(row.name(), measured->choice.kernel) == 0)
-      return refuses(row, p, weight, device, Why()) ? nullptr : &row;
-  }
-  return nullptr;
+  const KernelRow* const row = find_row(p.op, measured->choice.kernel);
+  return row == nullptr || refuses(*row, p, weight, device, Why()) ? nullptr : row;
 }
 
 // The first row that neither refuses nor defers. Those that deferred to wider tiles which then refused stand in before
 // the general kernel does. Deferring is asked first: a refusal may cost a plan of the work, on every call.
 const KernelRow& pick(const Problem& p, const CudaTile64& weight, const DeviceInfo& device) {
-  if (const char* name = forced_for(p.op)) return pick_forced(name, p, weight, device);
+  if (const KernelRow* row = forced_row(p.op)) {
+    std::string reason;
+    LOWBIT_CHECK(!refuses(*row, p, weight, device, Why(&reason)), "kernel ", row->name(),
+                 " is forced and cannot run M=", p.M, " N=", p.N, " K=", p.K, " ",
+                 to_string(p.desc), ": ", reason);
+    return *row;
+  }
   if (const KernelRow* row = pick_measured(p, weight, device)) return *row;
   const std::vector<KernelRow>& rows = kernel_table();
   const KernelRow* general = nullptr;
@@ -396,49 +224,24 @@ const KernelRow& pick(const Problem& p, const CudaTile64& weight, const DeviceIn
 
 }  // namespace
 
-const std::vector<KernelRow>& kernel_table() {
-  static const std::vector<KernelRow> table = [] {
-    std::vector<KernelRow> rows;
-    for (int i = 0; i < kTileCount; ++i) {
-      for (const Family& family : kFamilies) {
-        if (family.kernel != kTiles[i].kernel) continue;
-        for (Op op : ops_of(family.kernel)) {
-          rows.push_back({op, i, family.capability, is_general(family.kernel), family.hopper,
-                          family.takes, family.refuse});
-        }
-      }
-    }
-    return rows;
-  }();
-  return table;
-}
-
 Config select(const Problem& p, const CudaTile64& weight, const DeviceInfo& device) {
   LOWBIT_CHECK(p.M >= 1 && p.M < (int64_t{1} << 30), "M=", p.M, " is outside 1..2^30");
   return configure(pick(p, weight, device), p, weight, device);
 }
 
-std::vector<KernelInfo> kernels() {
-  std::vector<KernelInfo> list;
-  for (const KernelRow& row : kernel_table())
-    list.push_back({"cuda", name_of(row.op), row.name(), concat("sm_", row.capability), row.takes,
-                    row.general});
-  return list;
-}
-
 std::vector<Verdict> explain(const Problem& p, const DeviceInfo& device) {
   const CudaTile64 weight = cuda_tile64(p.N, p.K, p.desc);
-  const char* name = forced_for(p.op);
-  const KernelRow* chosen = name == nullptr ? &pick(p, weight, device) : nullptr;
-  const KernelRow* measured = name == nullptr ? pick_measured(p, weight, device) : nullptr;
+  const KernelRow* const forced = forced_row(p.op);
+  const KernelRow* chosen = forced == nullptr ? &pick(p, weight, device) : nullptr;
+  const KernelRow* measured = forced == nullptr ? pick_measured(p, weight, device) : nullptr;
   std::vector<Verdict> verdicts;
   for (const KernelRow& row : kernel_table()) {
     if (row.op != p.op) continue;
     std::string reason;
     const Why why(&reason);
     if (!refuses(row, p, weight, device, why)) {
-      if (name != nullptr && std::strcmp(row.name(), name) != 0) {
-        why("kernel ", name, " is forced");
+      if (forced != nullptr && forced != &row) {
+        why("kernel ", forced->name(), " is forced");
       } else if (chosen != nullptr && chosen == measured) {
         if (chosen != &row)
           why("slower than the chosen one: ", to_string(*measured_for(p, device)));
