@@ -6,17 +6,14 @@ are small, because the emulator runs every thread of every block as a fiber.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import cases
-import reference
+import kernel_cases
 from lowbit import _C
-from reference import UNIT, Spec, Weight
+from reference import Spec, Weight
 
 #: The kernels that multiply 16-bit activations, by the name of their row.
 A16 = [row["name"] for row in _C.kernel_table() if row["backend"] == "cuda" and row["op"] == "gemm"]
@@ -29,16 +26,6 @@ FEW = [name for name in A16 if "stream_m" in name]
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@contextlib.contextmanager
-def forced(kernel: str) -> Iterator[None]:
-    """Inside, only this kernel may run; an op that it refuses raises."""
-    _C.force_kernel(kernel)
-    try:
-        yield
-    finally:
-        _C.force_kernel("")
-
-
 def runs_on(kernel: str, model: str) -> bool:
     """Whether a device is one that the kernel is for. The emulator is one by default."""
     return not kernel.startswith("hopper") or model.startswith("sm_90")
@@ -46,33 +33,6 @@ def runs_on(kernel: str, model: str) -> bool:
 
 def cuda_desc(spec: Spec) -> int:
     return cases.desc(spec, _C.preferred_layout("cuda", cases.desc(spec)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """y = x @ W.T (+ bias) for a random weight of a spec."""
-
-    spec: Spec
-    M: int
-    N: int
-    K: int
-    dtype: torch.dtype = torch.bfloat16
-    bias: torch.dtype | None = None
-    flags: int = 0
-
-    @property
-    def weight(self) -> Weight:
-        return cases.random_weight(self.spec, self.N, self.K)
-
-    @property
-    def desc(self) -> int:
-        return cuda_desc(self.spec)
-
-    def x(self) -> torch.Tensor:
-        return cases.random_x(self.M, self.K, dtype=self.dtype)
-
-    def bias_tensor(self) -> torch.Tensor | None:
-        return None if self.bias is None else cases.random_x(self.N, dtype=self.bias)
 
 
 def pack(backend: Any, weight: Weight) -> torch.Tensor:
@@ -84,39 +44,13 @@ def pack(backend: Any, weight: Weight) -> torch.Tensor:
     return ops.pack(*moved[:4], weight.N, weight.K, cuda_desc(spec), *moved[4:]).to(backend.device)
 
 
-def on(backend: Any, tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(backend.device)
+class Problem(kernel_cases.Problem):
+    @property
+    def desc(self) -> int:
+        return cuda_desc(self.spec)
 
-
-def gemm(backend: Any, p: Problem, x: torch.Tensor | None = None, weight: Weight | None = None) -> torch.Tensor:
-    """The op's result, on the CPU."""
-    x = p.x() if x is None else x
-    w = pack(backend, p.weight if weight is None else weight)
-    y = backend.ops.gemm(on(backend, x), w, on(backend, p.bias_tensor()), p.N, p.K, p.desc, p.flags)
-    assert y.dtype == p.dtype and y.device.type == backend.device
-    return y.cpu()
-
-
-def expected(
-    p: Problem, x: torch.Tensor | None = None, weight: Weight | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp64 product and its componentwise bound: weights may be rounded once, to the activations' dtype.
-
-    fp16 has no exponents below -24: a weight rounded to it may move by half its smallest number, whatever its own size.
-    """
-    x = p.x() if x is None else x
-    W = cases.dense(p.spec, p.N, p.K) if weight is None else weight.dense()
-    unit = 0.0 if p.dtype == torch.float32 else UNIT[p.dtype]
-    y, bound = reference.product(x, W, p.bias_tensor(), unit, p.dtype)
-    if p.dtype == torch.float16:
-        bound = bound + 2.0**-25 * x.double().abs().sum(-1, keepdim=True)
-    return y, bound
-
-
-def check_gemm(backend: Any, p: Problem) -> torch.Tensor:
-    y = gemm(backend, p)
-    reference.assert_close(y, expected(p), (backend.name, p))
-    return y
+    def packed(self, backend: Any, weight: Weight) -> torch.Tensor:
+        return pack(backend, weight)
 
 
 def group_sizes(scaling: str) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ import torch
 
 import cases
 import reference
-from kernel_cases import ACTIVATIONS, Quantized, quantized
+from kernel_cases import ACTIVATIONS, Quantized, forced, on, quantized
 from kernel_cases import expected_a8 as expected
-from problems import A8, cuda_desc, forced, group_sizes, on, pack
+from problems import A8, cuda_desc, group_sizes, pack
 from reference import Spec, Weight
 
 SHAPES = ((130, 320), (63, 136), (65, 100), (1, 16), (64, 128), (200, 24))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import cases
+from kernel_cases import forced, gemm, on
 from lowbit import _C
-from problems import Problem, cuda_desc, forced, gemm, on, pack
+from problems import Problem, cuda_desc, pack
 from reference import Spec
 
 INT4 = Spec("int4", "int", 32, "float16")

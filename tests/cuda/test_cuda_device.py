@@ -12,8 +12,9 @@ import torch
 import cases
 import layers
 import reference
+from kernel_cases import forced
 from lowbit import _C, _cuda, ops
-from problems import A8, A16, GRAD, HALVES, forced
+from problems import A8, A16, GRAD, HALVES
 from reference import UNIT, Spec
 
 pytestmark = pytest.mark.skipif(

@@ -12,8 +12,9 @@ import torch
 import cases
 import problems
 import reference
+from kernel_cases import check_gemm, expected, forced, gemm, on
 from lowbit import _C
-from problems import A16, HALVES, Problem, check_gemm, cuda_desc, expected, forced, gemm, group_sizes, on, pack
+from problems import A16, HALVES, Problem, cuda_desc, group_sizes, pack
 from reference import Spec
 
 FAST = [name for name in A16 if name != "general"]

@@ -10,7 +10,8 @@ import torch
 import cases
 import reference
 from kernel_cases import expected_grad as expected
-from problems import GRAD, HALVES, cuda_desc, forced, group_sizes, on, pack
+from kernel_cases import forced, on
+from problems import GRAD, HALVES, cuda_desc, group_sizes, pack
 from reference import Spec
 
 

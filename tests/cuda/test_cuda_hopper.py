@@ -12,8 +12,9 @@ import cases
 import problems
 import reference
 from emulator.library import ORDERS
+from kernel_cases import check_gemm, expected, forced, gemm, on
 from lowbit import _C
-from problems import Problem, check_gemm, expected, forced, gemm, on, pack
+from problems import Problem, pack
 from reference import Spec
 
 KERNELS = [name for name in problems.A16 if name.startswith("hopper_stream_m")]

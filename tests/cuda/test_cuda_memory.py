@@ -17,11 +17,10 @@ import torch
 import cases
 import reference
 from cases import FP8, INT8, KINDS, SCALE_DTYPES, desc, fits, random_weight
-from kernel_cases import any_codes, same_bits, same_but_nan
-from problems import cuda_desc, on
-from reference import Spec, Weight
+from kernel_cases import ORDERS, any_codes, check_activation, check_sign_of_zero, moved, on, same_bits, same_but_nan
+from problems import cuda_desc
+from reference import Spec
 
-ORDERS = ("forward", "reverse", "random")
 GROUP_SIZES = (8, 16, 24, 32, 64, 128, 256, -1)
 #: On every side of what the kernels count in: 8 codes, 16 bytes, 64 rows, 128 k, 1024 units per block.
 SHAPES = ((1, 1), (7, 15), (17, 31), (33, 64), (63, 100), (65, 130), (100, 136), (130, 257), (70, 520), (3, 2050))
@@ -36,10 +35,6 @@ def specs(kind: str) -> Iterator[tuple[Spec, int, int]]:
         for j in range(2):
             N, K = shapes[(turn + i + 5 * j) % len(shapes)]
             yield Spec(format, zero_kind, group_size, SCALE_DTYPES[(turn + i + j) % 3], scaling, (i + j) % 2 == 0), N, K
-
-
-def moved(backend: Any, w: Weight) -> list[torch.Tensor | None]:
-    return [on(backend, t) for t in w.tensors]
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -82,17 +77,7 @@ def test_dequantize_a_row_beyond_shared_memory(backend: Any) -> None:
 
 
 def test_dequantize_keeps_the_sign_of_zero(backend: Any) -> None:
-    """(q - zero) * scale is -0 where q = zero and the scale is negative; offsets add, and make it +0."""
-    for zero_kind in cases.ZERO_KINDS:
-        spec = Spec("int4", zero_kind, 8)
-        codes = np.tile(np.arange(16), (3, 2))
-        scales = torch.tensor([[1.0], [-1.0], [-0.5]]).expand(3, 4).contiguous()
-        zeros = {"int": torch.full((3, 4), 3, dtype=torch.uint8), "float": torch.full((3, 4), 3.0)}.get(zero_kind)
-        if zero_kind == "offset":
-            zeros = torch.tensor([0.0, -0.0, 1.0, -1.0]).expand(3, 4).contiguous()
-        w = Weight(spec, 3, 32, codes, torch.from_numpy(reference.pack_stream(codes, 4)), scales, zeros)
-        W = backend.ops.dequantize(*moved(backend, w), 3, 32, desc(spec), torch.float32)
-        assert same_bits(W, torch.ops.lowbit.dequantize(*w.tensors, 3, 32, desc(spec), torch.float32)), zero_kind
+    check_sign_of_zero(backend)
 
 
 def test_weights_at_any_address(backend: Any) -> None:
@@ -199,16 +184,6 @@ def halves(format: int, M: int, K: int) -> torch.Tensor:
         x = np.nextafter(x, x * r.choice(np.array([0, 1, 1, 4], np.float32), (M, K)))
     x[:, 0] = top * unit[:, 0]
     return torch.from_numpy(x)
-
-
-def check_activation(backend: Any, x: torch.Tensor, *rest: Any) -> None:
-    arguments = [a.to(backend.device) if isinstance(a, torch.Tensor) else a for a in (x, *rest)]
-    found = backend.ops.quantize_activation(*arguments)
-    expected = torch.ops.lowbit.quantize_activation(x, *rest)
-    where = f"{tuple(x.shape)} stride {x.stride()} {x.dtype}, {rest}"
-    assert same_bits(found[0], expected[0]), f"{where}: codes"
-    assert same_but_nan(found[1], expected[1]), f"{where}: scales"
-    assert same_bits(found[2], expected[2]), f"{where}: zeros"
 
 
 @pytest.mark.parametrize("K", [1, 7, 8, 100, 128, 136, 1000, 2056, 4100, 9000])

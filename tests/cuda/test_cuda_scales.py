@@ -10,8 +10,9 @@ import torch
 
 import reference
 from cases import FP8, INT8, SCALED, random_weight, random_x, scaled
+from kernel_cases import forced, on
 from lowbit import _C
-from problems import HALVES, cuda_desc, forced, on, pack
+from problems import HALVES, cuda_desc, pack
 from reference import UNIT, Spec, Weight
 
 #: What CUDA packs, unpacks and dequantizes; the CPU does the rest.

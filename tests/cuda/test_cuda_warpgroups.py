@@ -12,8 +12,9 @@ import cases
 import problems
 import reference
 from emulator.library import ORDERS
+from kernel_cases import expected, forced, gemm, on
 from lowbit import _C
-from problems import Problem, cuda_desc, expected, forced, gemm, on, pack
+from problems import Problem, cuda_desc, pack
 from reference import Spec, Weight
 
 KERNELS = [name for name in problems.A16 if name.startswith("hopper_matrix_m")]

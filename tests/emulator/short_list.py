@@ -20,6 +20,7 @@ from .library import Emulator
 sys.path[:0] = [p for p in (str(build.ROOT / "tests"), str(build.ROOT / "tests" / "cuda")) if p not in sys.path]
 
 import cases  # noqa: E402
+import kernel_cases  # noqa: E402
 import problems  # noqa: E402
 import reference  # noqa: E402
 import test_cuda_a8 as a8  # noqa: E402
@@ -63,8 +64,8 @@ def gemm(kernel: str, spec: Spec, M: int, N: int, K: int, sms: int) -> Case:
 
     def run(backend: Emulator) -> Outputs:
         backend.set_device(90, sms)
-        with problems.forced(kernel):
-            return [problems.check_gemm(backend, problem)]
+        with kernel_cases.forced(kernel):
+            return [kernel_cases.check_gemm(backend, problem)]
 
     return Case(f"gemm {kernel} {_name(spec)} M={M} N={N} K={K} sms={sms}", run)
 
@@ -100,9 +101,9 @@ def any_input(kernel: str) -> Case:
             wide = torch.full((5, 2 * K + 3), torch.nan, dtype=p.dtype)
             wide[:, 1 : K + 1] = p.x()
             for x in (wide[:, 1 : K + 1], p.x()):
-                with problems.forced(kernel):
-                    y = problems.gemm(backend, p, x)
-                reference.assert_close(y, problems.expected(p), p)
+                with kernel_cases.forced(kernel):
+                    y = kernel_cases.gemm(backend, p, x)
+                reference.assert_close(y, kernel_cases.expected(p), p)
                 outputs.append(y)
         return outputs
 
@@ -121,7 +122,7 @@ def gemm_a8(kernel: str, kind: str | Spec, activation: str, group: int, M: int, 
         weight = cases.random_weight(spec, N, K)
         a, x_group = a8.quantized(activation, M, K)
         bias = cases.random_x(N)
-        with problems.forced(kernel):
+        with kernel_cases.forced(kernel):
             y = a8.gemm_a8(backend, a, weight, bias, torch.bfloat16)
         reference.assert_close(y, a8.expected(weight, a, x_group, bias, torch.bfloat16), (kernel, spec))
         return [y]
@@ -159,7 +160,7 @@ def grad_case(kernel: str, spec: Spec, M: int, N: int, K: int, sms: int) -> Case
     def run(backend: Emulator) -> Outputs:
         backend.set_device(90, sms)
         dy = cases.random_x(M, N, dtype=torch.bfloat16)
-        with problems.forced(kernel):
+        with kernel_cases.forced(kernel):
             dx = grad.grad(backend, dy, spec, N, K)
         reference.assert_close(dx, grad.expected(dy, spec, N, K), (kernel, spec))
         return [dx]

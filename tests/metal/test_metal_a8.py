@@ -10,10 +10,10 @@ import torch
 
 import cases
 import reference
-from kernel_cases import ACTIVATIONS, Quantized, quantized
+from kernel_cases import ACTIVATIONS, Quantized, forced, on, quantized
 from kernel_cases import expected_a8 as expected
 from lowbit import _C
-from metal_problems import A8, forced, group_sizes, metal_desc, on, pack
+from metal_problems import A8, group_sizes, metal_desc, pack
 from reference import Spec, Weight
 
 SHAPES = ((70, 264), (33, 136), (65, 100), (1, 16), (64, 128), (130, 24))

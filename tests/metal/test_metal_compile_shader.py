@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import cases
+from kernel_cases import on
 from lowbit import _compile_shader
-from metal_problems import BACKEND, metal_desc, on, pack
+from metal_problems import BACKEND, metal_desc, pack
 from reference import Spec
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"

@@ -10,8 +10,9 @@ import torch
 
 import cases
 import reference
+from kernel_cases import check_gemm, expected, forced, gemm, on
 from lowbit import _C
-from metal_problems import GEMM, Problem, check_gemm, expected, forced, gemm, group_sizes, on, pack
+from metal_problems import GEMM, Problem, group_sizes, pack
 from reference import Spec
 
 FAST = [name for name in GEMM if name != "general"]

@@ -10,7 +10,8 @@ import torch
 import cases
 import reference
 from kernel_cases import expected_grad as expected
-from metal_problems import GRAD, forced, group_sizes, metal_desc, on, pack
+from kernel_cases import forced, on
+from metal_problems import GRAD, group_sizes, metal_desc, pack
 from reference import Spec
 
 

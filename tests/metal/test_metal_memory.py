@@ -9,18 +9,15 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import cases
-import reference
 from cases import FP8, INT8, KINDS, SCALE_DTYPES, desc, fits, random_weight
-from kernel_cases import any_codes, same_bits, same_but_nan
-from metal_problems import BACKEND, metal_desc, on
-from reference import Spec, Weight
+from kernel_cases import ORDERS, any_codes, check_activation, check_sign_of_zero, moved, on, same_bits, same_but_nan
+from metal_problems import BACKEND, metal_desc
+from reference import Spec
 
-ORDERS = ("forward", "reverse", "random")
 GROUP_SIZES = (8, 16, 24, 32, 64, 128, 256, -1)
 #: On every side of what the kernels count in: 8 codes, 16 bytes, 4 rows, 256 threads of 8 k.
 SHAPES = ((1, 1), (7, 15), (5, 31), (33, 64), (10, 100), (130, 257), (3, 2056))
@@ -34,10 +31,6 @@ def specs(kind: str) -> Iterator[tuple[Spec, int, int]]:
         shapes = [s for s in SHAPES if scaling == "block128" or fits(group_size, s[1])]
         N, K = shapes[(turn + i) % len(shapes)]
         yield Spec(format, zero_kind, group_size, SCALE_DTYPES[(turn + i) % 3], scaling, i % 2 == 0), N, K
-
-
-def moved(metal: Any, w: Weight) -> list[torch.Tensor | None]:
-    return [on(metal, t) for t in w.tensors]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,17 +72,7 @@ def test_dequantize(metal: Any, kind: str) -> None:
 
 
 def test_dequantize_keeps_the_sign_of_zero(metal: Any) -> None:
-    """(q - zero) * scale is -0 where q = zero and the scale is negative; offsets add, and make it +0."""
-    for zero_kind in cases.ZERO_KINDS:
-        spec = Spec("int4", zero_kind, 8)
-        codes = np.tile(np.arange(16), (3, 2))
-        scales = torch.tensor([[1.0], [-1.0], [-0.5]]).expand(3, 4).contiguous()
-        zeros = {"int": torch.full((3, 4), 3, dtype=torch.uint8), "float": torch.full((3, 4), 3.0)}.get(zero_kind)
-        if zero_kind == "offset":
-            zeros = torch.tensor([0.0, -0.0, 1.0, -1.0]).expand(3, 4).contiguous()
-        w = Weight(spec, 3, 32, codes, torch.from_numpy(reference.pack_stream(codes, 4)), scales, zeros)
-        W = metal.ops.dequantize(*moved(metal, w), 3, 32, desc(spec), torch.float32)
-        assert same_bits(W, torch.ops.lowbit.dequantize(*w.tensors, 3, 32, desc(spec), torch.float32)), zero_kind
+    check_sign_of_zero(metal)
 
 
 @pytest.mark.parametrize("search", [False, True])
@@ -122,16 +105,6 @@ def values(style: str, M: int, K: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 STYLES = ("normal", "odd", "zeros") + (("small",) if BACKEND == "emulator" else ())
-
-
-def check_activation(metal: Any, x: torch.Tensor, *rest: Any) -> None:
-    arguments = [a.to(metal.device) if isinstance(a, torch.Tensor) else a for a in (x, *rest)]
-    found = metal.ops.quantize_activation(*arguments)
-    expected = torch.ops.lowbit.quantize_activation(x, *rest)
-    where = f"{tuple(x.shape)} stride {x.stride()} {x.dtype}, {rest}"
-    assert same_bits(found[0], expected[0]), f"{where}: codes"
-    assert same_but_nan(found[1], expected[1]), f"{where}: scales"
-    assert same_bits(found[2], expected[2]), f"{where}: zeros"
 
 
 @pytest.mark.parametrize("K", [1, 7, 100, 128, 512, 520, 2056])

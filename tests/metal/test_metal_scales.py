@@ -11,8 +11,9 @@ import torch
 import cases
 import reference
 from cases import SCALED
+from kernel_cases import expected, forced, on
 from lowbit import _C
-from metal_problems import A8, GEMM, GRAD, expected, forced, metal_desc, on, pack
+from metal_problems import A8, GEMM, GRAD, metal_desc, pack
 from metal_problems import Problem as GemmProblem
 from reference import UNIT, Spec
 

@@ -19,6 +19,7 @@ from .library import MetalEmulator
 sys.path[:0] = [p for p in (str(build.ROOT / "tests"), str(build.ROOT / "tests" / "metal")) if p not in sys.path]
 
 import cases  # noqa: E402
+import kernel_cases  # noqa: E402
 import metal_problems as problems  # noqa: E402
 import reference  # noqa: E402
 import test_metal_a8 as a8  # noqa: E402
@@ -56,8 +57,8 @@ def gemm(kernel: str, spec: Spec, M: int, N: int, K: int, dtype: torch.dtype) ->
     problem = Problem(spec, M, N, K, dtype, BF16 if M % 2 else None)
 
     def run(backend: MetalEmulator) -> Outputs:
-        with problems.forced(kernel):
-            return [problems.check_gemm(backend, problem)]
+        with kernel_cases.forced(kernel):
+            return [kernel_cases.check_gemm(backend, problem)]
 
     return Case(f"gemm {kernel} {spec.format} {spec.zero_kind} M={M} N={N} K={K}", run)
 
@@ -72,9 +73,9 @@ def any_input(kernel: str) -> Case:
             wide = torch.full((3, 205), torch.nan, dtype=p.dtype)
             wide[:, 1:102] = p.x()
             for x in (wide[:, 1:102], p.x()):
-                with problems.forced(kernel):
-                    y = problems.gemm(backend, p, x)
-                reference.assert_close(y, problems.expected(p), p)
+                with kernel_cases.forced(kernel):
+                    y = kernel_cases.gemm(backend, p, x)
+                reference.assert_close(y, kernel_cases.expected(p), p)
                 outputs.append(y)
         return outputs
 
@@ -84,7 +85,7 @@ def any_input(kernel: str) -> Case:
 def gemm_a8(kernel: str, spec: Spec, activation: str, M: int, N: int, K: int) -> Case:
     def run(backend: MetalEmulator) -> Outputs:
         weight, (a, group) = cases.random_weight(spec, N, K), a8.quantized(activation, M, K)
-        with problems.forced(kernel):
+        with kernel_cases.forced(kernel):
             y = a8.gemm_a8(backend, a, weight, cases.random_x(N), BF16)
         reference.assert_close(y, a8.expected(weight, a, group, cases.random_x(N), BF16), (kernel, spec))
         return [y]
@@ -95,7 +96,7 @@ def gemm_a8(kernel: str, spec: Spec, activation: str, M: int, N: int, K: int) ->
 def gradient(kernel: str, spec: Spec, M: int, N: int, K: int, dtype: torch.dtype) -> Case:
     def run(backend: MetalEmulator) -> Outputs:
         dy = cases.random_x(M, N, dtype=dtype)
-        with problems.forced(kernel):
+        with kernel_cases.forced(kernel):
             dx = grad.grad(backend, dy, spec, N, K)
         reference.assert_close(dx, grad.expected(dy, spec, N, K), (kernel, spec))
         return [dx]
