@@ -136,6 +136,16 @@ def test_what_is_left_alone_by_name_and_shape(tmp_path: Path) -> None:
     assert all(torch.equal(stored[name], tensors[name]) for name in [*left, "ids.weight", "wide.weight"])
 
 
+def test_routers_are_left_alone(tmp_path: Path) -> None:
+    routers = ["h.0.moe.gate", "h.0.moe.router.classifier", "h.0.moe.shared_expert_gate", "h.1.moe.gate"]
+    others = ["h.0.attn.gate", "h.0.moe.experts.0.gate", "h.0.moe.gate_proj", "h.1.moe.switch_mlp.up_proj"]
+    source = write_checkpoint(tmp_path / "model", {f"{name}.weight": torch.randn(8, 32) for name in routers + others})
+    assert quantize(source, tmp_path / "out", "--quiet") == 0
+    assert sorted(layers_of(tmp_path / "out")) == others
+    assert quantize(source, tmp_path / "all", "--quiet", "--override", "*.moe.gate=int8") == 0
+    assert sorted(layers_of(tmp_path / "all")) == sorted([*others, "h.0.moe.gate", "h.1.moe.gate"])
+
+
 def test_gpt2_is_known_by_its_config(tmp_path: Path) -> None:
     tensors = {"h.0.attn.c_proj.weight": torch.randn(32, 32), "h.0.fc.weight": torch.randn(32, 32)}
     source = write_checkpoint(tmp_path / "model", tensors, config={"model_type": "gpt2"})

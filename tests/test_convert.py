@@ -384,3 +384,27 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr() == ("", "")
     quantize_(Model(), "int8", progress=True)
     assert capsys.readouterr().out == ""  # a bar belongs on stderr
+
+
+class Mixture(nn.Module):
+    """A mixture of experts with routers as they are named in the wild."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 4, bias=False)
+        self.router = nn.ModuleDict({"classifier": nn.Linear(64, 4)})
+        self.shared_expert_gate = nn.Linear(64, 1, bias=False)
+        self.gate_proj = nn.Linear(64, 32)
+        self.experts = nn.ModuleList(nn.ModuleDict({"gate": nn.Linear(64, 64)}) for _ in range(2))
+
+
+def test_routers_are_left_alone() -> None:
+    """A few bytes that decide everything; Transformers 5.0 also reads the weight of DeepSeek-V2's past its module."""
+    names = ["0.gate_proj", "0.experts.0.gate", "0.experts.1.gate", "1"]
+    model = nn.Sequential(Mixture(), nn.Linear(64, 64))
+    assert [layer.name for layer in quantize_(model, "int8").layers] == names
+    model = nn.Sequential(Mixture(), nn.Linear(64, 64))
+    report = quantize_(model, "int8", overrides={"0.gate": "int8-g32", "*.router.*": "int8"})
+    assert [layer.name for layer in report.layers] == ["0.gate", "0.router.classifier", *names]
+    plain = nn.Sequential(nn.ModuleDict({"gate": nn.Linear(64, 64)}))  # no experts: a gate of another kind
+    assert [layer.name for layer in quantize_(plain, "int8").layers] == ["0.gate"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowbit
-from checkpoints import Layer, awq_gemm, gptq, gptq_config, named
+from checkpoints import Layer, awq_gemm, ct_config, ct_packed, gptq, gptq_config, named
 from hf import greedy, load, logits, save, store, transformers
 from lowbit import ArtifactError, QuantizedExperts, QuantizedLinear
 from lowbit.cli import main
@@ -212,11 +212,42 @@ def test_experts_that_are_kept_one_by_one(kind: str, family: str, tmp_path: Path
     assert torch.equal(logits(report.model.eval()), logits(model))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # the second with a bias
+def test_routers_that_a_checkpoint_has_quantized(family: str, tmp_path: Path) -> None:
+    """Libraries that see an nn.Linear in them quantize routers, which have a Parameter of their own here: it stays dense."""
+    tensors = load_file(dense(tmp_path, family) / "model.safetensors")
+    plain, last = dict(tensors), ".gate.weight" if family == "mixtral" else ".router.weight"
+    for name in [name for name in tensors if name.endswith(last)]:
+        layer = Layer(8, *tensors.pop(name).shape, 32, True)
+        tensors |= named(name.removesuffix(".weight"), ct_packed(layer))
+        plain[name] = torch.from_numpy(layer.W)
+    store(tmp_path / "dense" / "model.safetensors", plain)
+    reference = load(tmp_path / "dense", dtype=torch.float32)
+    about = json.loads((tmp_path / "dense" / "config.json").read_text())
+    about["quantization_config"] = ct_config(layer)
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(about))
+    store(tmp_path / "dense" / "model.safetensors", tensors)
+    model = load(tmp_path / "dense", quantization_config=lowbit.LowbitConfig(from_checkpoint=True), dtype=torch.float32)
+    assert torch.equal(logits(model), logits(reference))
+
+    made = transformers.AutoConfig.from_pretrained(tmp_path / "dense")
+    del made.quantization_config
+    if family == "gpt_oss":
+        report = lowbit.load_checkpoint(
+            tmp_path / "dense",
+            lambda: transformers.AutoModelForCausalLM.from_config(
+                made, dtype=torch.float32, attn_implementation="eager"
+            ),
+        )
+        assert {(one.name.rpartition(".")[2], one.scheme) for one in report.layers} == {("router", "dequantized")}
+        assert report.model is not None and torch.equal(logits(report.model.eval()), logits(reference))
+
+
 def test_an_artifact_that_was_made_from_files(tmp_path: Path) -> None:
     """`lowbit quantize` works on the checkpoint's tensors, an expert's own; the model has one Parameter for all."""
     folder = dense(tmp_path, "qwen3_moe")
     out = tmp_path / "artifact"
-    asked = ["--scheme", "int4-g32", "--skip", "*.mlp.gate", "--quiet"]
+    asked = ["--scheme", "int4-g32", "--quiet"]
     assert main(["quantize", str(folder), "--out", str(out), *asked]) == 0
     about = transformers.AutoConfig.from_pretrained(folder)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,17 @@ __all__ = [
     "experts_at",
     "experts_parameters",
     "features",
+    "mixtures_in",
     "replace_module",
+    "router_shape",
+    "routes",
     "tied_linears",
 ]
 
 # What Transformers calls the weights of experts, in the order that they are applied.
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+# What chooses or weighs experts, by its name beside them: gate, router (in which there may be a gate), shared_expert_gate.
+_ROUTER = re.compile(r"(?:.*_)?(?:gate|router)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +126,28 @@ def tied_linears(model: nn.Module, embedding: nn.Embedding) -> list[str] | None:
             return None
         found.append(path)
     return found
+
+
+def routes(name: str, mixes: Callable[[str], bool]) -> bool:
+    """Whether a layer chooses or weighs the experts of a mixture: it is, or is in, a router or gate beside them.
+
+    Args:
+        name: of the layer.
+        mixes: whether there are experts in the module of a name.
+    """
+    parts = name.split(".")
+    return any(_ROUTER.fullmatch(part) and mixes(".".join(parts[:i])) for i, part in enumerate(parts))
+
+
+def mixtures_in(model: nn.Module) -> set[str]:
+    """Paths of the modules that have experts in them."""
+    return {path for path, module in model.named_modules() if "experts" in module._modules}
+
+
+def router_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(N, K) of the dense weight of a router that is a module of its own kind, as Transformers has them."""
+    weight = module._parameters.get("weight")
+    return (weight.shape[0], weight.shape[1]) if weight is not None and weight.dim() == 2 else None
 
 
 def features(shape: tuple[int, ...]) -> str:

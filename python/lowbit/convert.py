@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowbit._canonical import check_dense, check_importance
 from lowbit._packed import PackedModule
-from lowbit._places import ExpertsParameter, experts_parameters, replace_module, tied_linears
+from lowbit._places import ExpertsParameter, experts_parameters, mixtures_in, replace_module, routes, tied_linears
 from lowbit._progress import progress_bar
 from lowbit.embedding import QuantizedEmbedding, check_embedding
 from lowbit.experts import ExpertWeights, QuantizedExperts
@@ -72,11 +72,12 @@ def quantize_(
     """Quantize the linear layers of a model in place.
 
     Every nn.Linear becomes a `QuantizedLinear`, but for: output layers (called lm_head, embed_out, or returned by
-    get_output_embeddings()), layers whose weight is tied to another module's, subclasses of nn.Linear, and what
-    `filter_fn` or `overrides` exclude. Where a Transformers model keeps the weights of a mixture's experts in a Parameter
-    [E, N, K], that becomes a `QuantizedExperts`; it is a layer by the Parameter's name. Everything is checked before the
-    first layer is changed. Dense weights are freed one by one, so the peak is about one layer above the model. An
-    nn.Embedding becomes a `QuantizedEmbedding` where an override names it, and a tied output layer then shares its weight.
+    get_output_embeddings()), routers of a mixture of experts (called gate or router, beside `experts`), layers whose weight
+    is tied to another module's, subclasses of nn.Linear, and what `filter_fn` or `overrides` exclude. Where a Transformers
+    model keeps the weights of a mixture's experts in a Parameter [E, N, K], that becomes a `QuantizedExperts`; it is a layer
+    by the Parameter's name. Everything is checked before the first layer is changed. Dense weights are freed one by one, so
+    the peak is about one layer above the model. An nn.Embedding becomes a `QuantizedEmbedding` where an override names it,
+    and a tied output layer then shares its weight.
 
     Args:
         model: its linear weights are fp32, bf16 or fp16. If it is itself an nn.Linear, put it into a module first.
@@ -85,7 +86,7 @@ def quantize_(
             experts, it gets an nn.Linear on the meta device with the features of one.
         overrides: pattern -> Scheme, string, or None to leave alone; the first pattern that matches a name decides.
             Patterns are shell globs ("*.down_proj") or, after "re:", regular expressions, for the whole name. An
-            override with a scheme also quantizes output layers. Experts are matched by the name of their Parameter
+            override with a scheme also quantizes output layers and routers. Experts are matched by the name of their Parameter
             ("model.layers.0.mlp.experts.down_proj") and by that of the module around it. An embedding is quantized by a
             pattern that ends with its own name ("*.embed_tokens").
         strict: raise if a Parameter of 1 MB or more would be left unquantized without an override or filter_fn
@@ -131,6 +132,7 @@ def _plan(
     _check_overrides(chosen, matchers, owned)
     tied = _tied(model)
     outputs = _output_layers(model)
+    mixtures = mixtures_in(model)
     plan = _Plan()
     for name, module in owned.items():
         if name in plan.reasons:  # an output layer that goes with its embedding
@@ -149,6 +151,8 @@ def _plan(
             plan.schemes[name] = chosen[pattern] or scheme
         elif id(module) in outputs or name.rpartition(".")[2] in _OUTPUT_LAYERS:
             plan.reasons[name] = ("an output layer; name it in overrides to quantize it", False)
+        elif routes(name, mixtures.__contains__):
+            plan.reasons[name] = ("routes to experts; name it in overrides to quantize it", False)
         elif filter_fn is not None and not filter_fn(name, _layer(module)):
             plan.reasons[name] = ("filter_fn returned False", True)
         else:

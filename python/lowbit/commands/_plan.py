@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lowbit import convert
+from lowbit._places import routes
 from lowbit._safetensors import TensorInfo
 from lowbit.errors import ArtifactError
 from lowbit.report import SkippedParameter
@@ -84,7 +85,7 @@ def make_plan(
             if pattern == module:
                 raise ValueError(f"override {pattern!r} asks for {chosen}, but {module}: {unsuited}")
             reasons[module] = (unsuited, False)
-        elif chosen is None and (reason := judge.output_layer(module)):
+        elif chosen is None and (reason := judge.output_layer(module) or judge.router(module)):
             reasons[module] = (f"{reason}; name it in an override to quantize it", False)
         else:
             schemes[module] = _fitting(module, chosen or scheme, tensors[f"{module}.weight"])
@@ -105,6 +106,8 @@ class _Judge:
         # The largest is the vocabulary's; others hold positions or token types.
         size = max((shape[0] for shape in embeddings), default=0)
         self._vocabularies = {shape for shape in embeddings if shape[0] == size}
+        parts = [name.split(".") for name in tensors]
+        self._mixtures = {".".join(p[:i]) for p in parts for i, one in enumerate(p) if one in ("experts", "switch_mlp")}
 
     @staticmethod
     def _is_embedding(name: str) -> bool:
@@ -144,6 +147,10 @@ class _Judge:
         if self._tensors[f"{module}.weight"].shape in self._vocabularies:
             return "an output layer, by its shape, which is that of the embedding"
         return None
+
+    def router(self, module: str) -> str | None:
+        """Why a linear layer is taken for one that chooses experts, or None."""
+        return "routes to experts, by its name" if routes(module, self._mixtures.__contains__) else None
 
 
 def _check_matches(matchers: Sequence[tuple[str, Any, Scheme | None]], modules: Mapping[str, str | None]) -> None:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lowbit._packed import PackedModule
-from lowbit._places import embeds, experts_at, features, replace_module, tied_linears
+from lowbit._places import (
+    embeds,
+    experts_at,
+    features,
+    mixtures_in,
+    replace_module,
+    router_shape,
+    routes,
+    tied_linears,
+)
 from lowbit._progress import progress_bar
 from lowbit.embedding import QuantizedEmbedding
 from lowbit.errors import ArtifactError
@@ -36,7 +45,7 @@ class LoadedLayer:
     Args:
         name: its path in the model.
         scheme: as a string; "dequantized" where the model's embedding is one that does more than to gather rows, or shares its
-            weight with something else than an output layer: that is stored dense.
+            weight with something else than an output layer, and where its router is no nn.Linear: that is stored dense.
         shape: (N, K), or (E, N, K) of experts.
         nbytes: of the weight in memory.
     """
@@ -217,6 +226,8 @@ class _Contents:
                 experts = record.weight if device is None else record.weight.to(device)
                 return ExpertsRecord(experts).experts()
             if self.fit is not None and new in self.fit.dense:
+                if record.bias is not None:  # of a router
+                    self.made[f"{new}.bias"] = record.bias.to(device=device, dtype=self.dtype)
                 return record.weight.dequantize(self.common or torch.float32).to(device=device)
             if self.fit is not None and new in self.fit.embeddings:
                 weight = record.weight if device is None else record.weight.to(device)
@@ -261,7 +272,7 @@ class _Fit:
     Attributes:
         used: names (in the model) of layers and tensors that have a place.
         embeddings: layers whose place is an embedding; tied: path of an output layer that shares one's weight -> layer.
-        dense: layers whose place is an embedding that cannot be quantized.
+        dense: layers whose place is an embedding that cannot be quantized, or a router that is no nn.Linear.
         unused: name of a tensor or layer -> why nothing takes it.
         missing: tensors of the model that nothing is stored for.
     """
@@ -288,6 +299,7 @@ class _Fit:
 
     def _fit_layers(self) -> None:
         paths: dict[int, list[str]] = {}
+        mixtures = mixtures_in(self.model)
         for path, module in self.modules.items():
             paths.setdefault(id(module), []).append(path)
         for name, layer in self.layers.items():
@@ -299,6 +311,8 @@ class _Fit:
                 self.unused[name] = "the model has no such layer"
                 continue
             shape = _linear_shape(module)
+            if shape is None and routes(name, mixtures.__contains__) and (shape := router_shape(module)) is not None:
+                self.dense.add(name)
             if shape is None:
                 raise self.fail(f"layer {name!r} is quantized, the model has a {type(module).__name__} there")
             if shape != layer.shape:
@@ -306,6 +320,7 @@ class _Fit:
             self.used.add(name)
             if isinstance(module, nn.Embedding | QuantizedEmbedding) and not self._fit_embedding(name, module):
                 self.dense.add(name)
+            if name in self.dense:
                 continue
             for path in paths[id(module)]:  # a module at several paths stays one module
                 self.replaced.setdefault(path, name)
@@ -331,7 +346,11 @@ class _Fit:
         self.replaced[name] = name
 
     def _fit_tensors(self) -> None:
-        stored = dict.fromkeys(self.tensors) | {f"{name}.weight": None for name in self.dense}
+        stored = {name: tensor.shape for name, tensor in self.tensors.items()}
+        for name in self.dense:
+            stored[f"{name}.weight"] = self.layers[name].shape
+            if any(source.rpartition(".")[2] == "bias" for source in self.layers[name].sources):
+                stored[f"{name}.bias"] = self.layers[name].shape[:1]
         entries = [
             e
             for e in _tensors(self.model)
@@ -355,11 +374,8 @@ class _Fit:
                 continue
             if full in stored and full != source:
                 self.unused[full] = f"tied to {source}"
-            shape = (
-                self.tensors[source].shape if source in self.tensors else self.layers[source[: -len(".weight")]].shape
-            )
-            if tuple(tensor.shape) != shape:
-                raise self.fail(f"{full} is {list(shape)}, the model's is {list(tensor.shape)}")
+            if tuple(tensor.shape) != stored[source]:
+                raise self.fail(f"{full} is {list(stored[source])}, the model's is {list(tensor.shape)}")
             self.targets.append((path, name, source))
             self.used.add(source)
         for name in self.tensors:

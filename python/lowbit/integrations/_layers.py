@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from lowbit import convert
 from lowbit._packed import PackedModule
-from lowbit._places import ExpertsParameter, embeds, experts_at, features, replace_module
+from lowbit._places import (
+    ExpertsParameter,
+    embeds,
+    experts_at,
+    features,
+    mixtures_in,
+    replace_module,
+    router_shape,
+    routes,
+)
 from lowbit.embedding import QuantizedEmbedding
 from lowbit.errors import ArtifactError
 from lowbit.formats._experts import join, known_groups
@@ -286,12 +295,12 @@ class Dense(_Work):
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a layer of the checkpoint goes: a path, and the module there (an nn.Embedding gets dense weights)."""
+    """Where a layer of the checkpoint goes: a path, and the module there."""
 
     name: str
     path: str
     module: nn.Module | ExpertsParameter
-    dense: bool = False  # an embedding that is dequantized
+    dense: bool = False  # an embedding, or a router, that is dequantized
 
     @property
     def key(self) -> str:
@@ -321,6 +330,7 @@ class Checkpoint(_Work):
         with torch.device("cpu"):  # Transformers makes models under torch.device("meta")
             self.plan, _ = self._files.enter_context(open_plan(path, format))
         self._places: dict[str, _Place] = {}  # key -> place
+        self._mixtures = mixtures_in(model)
         self._read: set[str] = set()
 
     def conversions(self, known: Sequence[Any] | None) -> list[Any]:
@@ -384,11 +394,13 @@ class Checkpoint(_Work):
             except AttributeError:
                 return None  # Transformers reports its tensors as unexpected
         shape = module.shape if isinstance(module, ExpertsParameter) else _linear_shape(module)
+        dense = isinstance(module, nn.Embedding) and self.outputs_of(path, module) is None
+        if shape is None and isinstance(module, nn.Module) and routes(path, self._mixtures.__contains__):
+            shape, dense = router_shape(module), True
         if shape is None:
             raise ArtifactError(f"{where} is quantized, the model has a {type(module).__name__} there")
         if shape != planned.shape:
             raise ArtifactError(f"{where} is {features(planned.shape)}, the model's is {features(shape)}")
-        dense = isinstance(module, nn.Embedding) and self.outputs_of(path, module) is None
         return _Place(layer, path, module, dense)
 
     def _routes(self, place: _Place, names: Any) -> dict[str, str | None]:
@@ -443,10 +455,12 @@ class Checkpoint(_Work):
             experts = ExpertsRecord(record.weight.to(self.device(place.path))).experts()
             return self.place(place.path, place.module, experts.train(self.model.training))
         assert isinstance(record, LinearRecord)
+        weight = place.module.weight
+        assert isinstance(weight, Tensor)
+        dtype, device = weight.dtype, self.device(place.path, stored=True)
+        if place.dense:
+            return {key: record.weight.dequantize(dtype).to("cpu" if device == "disk" else device)}
         if isinstance(place.module, nn.Embedding):
-            dtype, device = place.module.weight.dtype, self.device(place.path, stored=True)
-            if place.dense:
-                return {key: record.weight.dequantize(dtype).to("cpu" if device == "disk" else device)}
             padding = place.module.padding_idx
             new = QuantizedEmbedding.from_weight(record.weight.to(device), dtype=dtype, padding_idx=padding)
             placed = self.place(place.path, self.model.get_submodule(place.path), new.train(place.module.training))
