@@ -329,6 +329,8 @@ def test_a_broken_adapter_is_not_merged(folder: Path) -> None:
         ),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weight"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base weight"),
+        ({"use_qalora": True}, "use_qalora: not supported on a QuantizedLinear of scheme int4-g32-asym"),
+        ({"arrow_config": peft.tuners.lora.ArrowConfig()}, "arrow_config: not supported on a QuantizedLinear"),
     ],
 )
 def test_what_needs_a_dense_weight(folder: Path, arguments: dict[str, Any], message: str) -> None:
@@ -339,3 +341,67 @@ def test_what_needs_a_dense_weight(folder: Path, arguments: dict[str, Any], mess
 def test_other_tuners_are_left_as_they_are(folder: Path) -> None:
     with pytest.raises((TypeError, ValueError), match="not supported"):  # which one depends on PEFT's version
         peft.get_peft_model(load(folder), peft.LoHaConfig(target_modules=["q_proj"]))
+
+
+def test_copies_of_quantized_layers_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    """modules_to_save and trainable_token_indices train a copy, which packed weights do not allow."""
+    with pytest.raises(
+        TypeError, match=r"modules_to_save cannot be applied to QuantizedLinear of scheme nf4-g32: .*None"
+    ):
+        peft.get_peft_model(load(folder), config(target_modules=["q_proj"], modules_to_save=["down_proj"]))
+    model = tied(tmp_path)
+    with pytest.raises(TypeError, match="QuantizedEmbedding of scheme int8"):
+        peft.get_peft_model(model, config(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    kept = peft.get_peft_model(load(folder), config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    losses = train(kept, 3)
+    assert losses[-1] < losses[0]
+
+
+def test_adapters_that_cannot_be_merged(folder: Path) -> None:
+    """As PEFT refuses them on dense layers, and before anything has changed."""
+    for more, message in (
+        ({"alora_invocation_tokens": [5]}, "default: an adapter that is active for some tokens only cannot be merged"),
+        ({"lora_bias": True}, "lora_bias=True cannot be merged: a QuantizedLinear of scheme int8-a8 has no bias"),
+    ):
+        model = peft.get_peft_model(load(folder), config(target_modules=["o_proj"], **more))
+        randomize(model)
+        before = base(model)
+        with pytest.raises(ValueError, match=message):
+            model.merge_adapter()
+        same(base(model), before)
+
+
+def test_fan_in_fan_out_is_ignored_aloud(folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"fan_in_fan_out=True is ignored: .*nf4-g32 keeps \[N, K\]"):
+        model = peft.get_peft_model(load(folder), config(target_modules=["down_proj"], fan_in_fan_out=True))
+    randomize(model)
+    expected = logits(model)
+    merged(model)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
+def tied(folder: Path) -> Any:
+    """A model whose output layer shares the packed weight of its embedding."""
+    asked = lowbit.LowbitConfig("int4-g32", overrides={"*.embed_tokens": "int8"})
+    return load(save(folder / "tied", tie_word_embeddings=True), quantization_config=asked)
+
+
+def test_merging_into_a_tied_output_layer_leaves_the_embedding_alone(tmp_path: Path) -> None:
+    model = peft.get_peft_model(tied(tmp_path), config(target_modules=["lm_head"]))
+    randomize(model)
+    embedding, before = model.get_input_embeddings(), base(model)
+    rows, expected = embedding(ids()), logits(model)
+    head = model.get_output_embeddings()
+    assert head.get_base_layer().weight is embedding.weight
+    merged(model)
+    assert torch.equal(embedding(ids()), rows) and head.get_base_layer().weight is not embedding.weight
+    torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.3)
+    model.unmerge_adapter()
+    same(base(model), before)
+    assert head.get_base_layer().weight is embedding.weight and torch.equal(logits(model), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = model.merge_and_unload()
+    plain.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(plain))

@@ -125,6 +125,12 @@ class PackedModule(nn.Module):
             module.__dict__["_tied"] = [one for one in group if one is not module]
         self._share()
 
+    def untie(self) -> None:
+        """Stop sharing the weight: changing this module's leaves those that it was tied to as they are."""
+        for other in self._tied:
+            other.__dict__["_tied"] = [one for one in other._tied if one is not self]
+        self.__dict__["_tied"] = []
+
     def _replace_weight(self, weight: Any, device: torch.device) -> None:
         if weight.is_meta:
             self.has_perm = weight.has_perm

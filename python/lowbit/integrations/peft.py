@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lowbit._packed import PackedModule
 from lowbit.linear import QuantizedLinear
 from lowbit.weight import QuantizedWeight
 
@@ -22,6 +23,7 @@ try:
     from peft.tuners import tuners_utils as _utils
     from peft.tuners.lora import layer as _layer
     from peft.tuners.lora import model as _model
+    from peft.utils import other as _other
 except ModuleNotFoundError as _error:
     if (_error.name or "").partition(".")[0] != "peft":
         raise
@@ -32,6 +34,8 @@ __all__ = ["LoraQuantizedLinear", "register"]
 _PATCHED: Final = "_lowbit_original"
 # Ways to initialise an adapter that leave the base weight alone.
 _INITS: Final = (True, False, "gaussian", "orthogonal", "eva")
+# Options of LoraConfig that PEFT has for its own layers; some of its versions would ignore them here.
+_UNSUITED: Final = ("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config")
 
 
 class LoraQuantizedLinear(_layer.Linear):
@@ -43,8 +47,11 @@ class LoraQuantizedLinear(_layer.Linear):
     """
 
     def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
-        self._original: tuple[QuantizedWeight, Tensor | None] | None = None
+        self._original: tuple[QuantizedWeight, Tensor | None, list[PackedModule]] | None = None
         super().__init__(base_layer, adapter_name, **kwargs)
+        if getattr(self, "fan_in_fan_out", False):
+            warnings.warn(f"fan_in_fan_out=True is ignored: {self._about()} keeps [N, K]", stacklevel=2)
+            self.fan_in_fan_out = False
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
@@ -64,6 +71,8 @@ class LoraQuantizedLinear(_layer.Linear):
 
         if option("use_dora", False):
             raise ValueError(f"use_dora=True needs the norms of a dense weight; {self._about()} has none")
+        if unsuited := [name for name in _UNSUITED if option(name, None)]:
+            raise ValueError(f"{', '.join(unsuited)}: not supported on {self._about()}")
         if (init := option("init_lora_weights", True)) not in _INITS:
             raise ValueError(
                 f"init_lora_weights={init!r} changes the base weight, which is quantized ({self._about()}); "
@@ -82,22 +91,29 @@ class LoraQuantizedLinear(_layer.Linear):
             adapter_names: which; by default the active ones.
 
         Raises:
-            ValueError: the sum is not finite, or a scale overflows its dtype; nothing has changed.
+            ValueError: the sum is not finite, a scale overflows its dtype, or an adapter is one that cannot be merged;
+                nothing has changed.
         """
         names = [name for name in _utils.check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
         base: QuantizedLinear = self.get_base_layer()
-        original, bias = self._original or (
+        original, bias, tied = self._original or (
             base.quantized_weight(),
             None if base.bias is None else base.bias.detach().clone(),
+            list(base._tied),
         )
         merged = [*self.merged_adapters, *names]
+        if fixed := [name for name in merged if name in getattr(self, "lora_variant", ())]:
+            raise ValueError(f"{', '.join(fixed)}: an adapter that is active for some tokens only cannot be merged")
         delta, shift = self._sum(merged)
         if safe_merge and not (bool(torch.isfinite(delta).all()) and bool(torch.isfinite(shift).all())):
             raise ValueError(f"the adapters {', '.join(merged)} hold values that are not finite")
+        if bias is None and bool(shift.any()):
+            raise ValueError(f"lora_bias=True cannot be merged: {self._about()} has no bias")
         weight = _requantized(original, delta if base.input_pre_scale is None else delta / base.input_pre_scale)
-        self._original = original, bias
+        self._original = original, bias, tied
+        base.untie()  # an embedding that shares the weight keeps it as it is
         base._set_weight(weight, base.weight.device)
         if bias is not None and base.bias is not None and bool(shift.any()):
             base.bias.data.copy_(bias + shift)
@@ -123,8 +139,11 @@ class LoraQuantizedLinear(_layer.Linear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: QuantizedLinear = self.get_base_layer()
-        (weight, bias), self._original = self._original, None
-        base._set_weight(weight.to(base.weight.device), base.weight.device)
+        (weight, bias, tied), self._original = self._original, None
+        if tied:
+            tied[0].tie(base)
+        else:
+            base._set_weight(weight.to(base.weight.device), base.weight.device)
         if bias is not None and base.bias is not None:
             base.bias.data.copy_(bias)
         self.merged_adapters.clear()
@@ -165,6 +184,7 @@ def register() -> None:
     setattr(create_new_module, _PATCHED, create)
     _model.LoraModel._create_new_module = staticmethod(create_new_module)
 
+    _refuse_copies()
     include = getattr(_utils, "_maybe_include_all_linear_layers", None)
     if include is None:
         return
@@ -185,6 +205,28 @@ def register() -> None:
 
     setattr(include_all_linear_layers, _PATCHED, include)
     _utils._maybe_include_all_linear_layers = include_all_linear_layers
+
+
+def _refuse_copies() -> None:
+    """Say what is wrong with `modules_to_save` and `trainable_token_indices` that name a quantized layer.
+
+    PEFT copies such a layer and trains the copy, which packed weights do not allow; torch's message names no layer.
+    """
+    wrapper = _other.AuxiliaryTrainingWrapper
+    create = getattr(wrapper.__init__, _PATCHED, wrapper.__init__)
+
+    @functools.wraps(create)
+    def __init__(self: Any, module_to_save: Any, *args: Any, **kwargs: Any) -> None:
+        found = next((m for m in module_to_save.modules() if isinstance(m, PackedModule)), None)
+        if found is not None:
+            raise TypeError(
+                f"{self._error_message_name()} cannot be applied to {type(module_to_save).__name__} of scheme "
+                f"{found.scheme}: a quantized weight is not trained; leave it dense with overrides={{...: None}}"
+            )
+        create(self, module_to_save, *args, **kwargs)
+
+    setattr(__init__, _PATCHED, create)
+    wrapper.__init__ = __init__
 
 
 HOST: Final = _model  # last, so that whoever sees it sees a complete module
