@@ -111,19 +111,28 @@ bool refuse_planes(const Problem& p, const CpuTile16& tile, const IsaKernels& is
   return p.M > rows && why("M=", p.M, ": multiplying floats is faster from M=", rows + 1);
 }
 
-// With that many rows it is still faster than decoding to a panel: nf4 0.71 of panel_bf16's time at M = 16, fp8 0.93
-// (Zen 4, 2048 x 4096).
-constexpr int64_t kStreamBf16Rows = 16;
+// Bytes take twice the instructions of narrower codes to look up, for every four rows: fp8 0.93 of panel_bf16's time at M = 16,
+// 1.17 at M = 32 (Zen 4). Of narrower codes it is 0.82 .. 0.91 at M = 32 and 0.92 .. 1.01 at M = 128.
+constexpr int64_t kStreamByteRows = 16;
 
 bool refuse_stream_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
                         const Why& why) {
+  const FormatInfo& format = format_info(p.desc.format);
+  const bool any_m = (p.flags & kBatchInvariant) != 0;
   if (isa.gemm_stream_bf16 == nullptr) return why("not built for ", isa.isa);
   if (p.x != Element::kBFloat16) return why("activations are not bf16");
-  if (format_info(p.desc.format).is_integer) return why("integer weights have no table");
-  if ((p.flags & kBatchInvariant) != 0)
-    return why("batch_invariant is set, and other kernels are faster at large M");
-  if (p.M > kStreamBf16Rows)
-    return why("M=", p.M, ": decoding to a panel is faster from M=", kStreamBf16Rows + 1);
+  if (p.desc.zero_kind != ZeroKind::kNone &&
+      !(p.desc.zero_kind == ZeroKind::kInt && format.bits == 4))
+    return why(format.name, " weights with zeros=", name_of(p.desc.zero_kind), " have no table");
+  if (format.bits == 8) {
+    if (format.is_integer) return why("digits of x times ", format.name, " are faster");
+    if (any_m) return why("batch_invariant is set, and other kernels are faster at large M");
+    if (p.M > kStreamByteRows)
+      return why("M=", p.M, ": decoding to a panel is faster from M=", kStreamByteRows + 1);
+  }
+  // By digits one row of int2 takes 0.96 of the time and one of int3 0.90, two rows 1.07 and 1.00 (Zen 4).
+  if (format.bits <= 3 && p.M == 1 && !any_m && !refuse_planes(p, tile, isa, Why()))
+    return why("M=1: digits of x times ", format.name, " are faster");
   return refuse_short_blocks(p, tile, why);
 }
 
@@ -245,13 +254,14 @@ const std::vector<KernelRow>& kernel_table() {
       {Op::kGemm, "tiles_bf16", kFast,
        "bf16 x, groups in multiples of 32, more rows: AMX, weights rounded once to bf16",
        XForm::kTiles, refuse_tiles_bf16, run_tiles_bf16, nullptr},
+      {Op::kGemm, "stream_bf16", kFast,
+       "bf16 x, codes of up to six bits without zeros, int4 with integer zeros, few rows of fp8, "
+       "groups in multiples of 32: looked "
+       "up as bf16 in registers, nf4 rounded once",
+       XForm::kBFloats, refuse_stream_bf16, run_stream_bf16, nullptr},
       {Op::kGemm, "planes_i8", kFast,
        "integer weights, groups in multiples of 32: x as int8 digits, exactly; int32 dot products",
        XForm::kPlanes, refuse_planes, run_planes, nullptr},
-      {Op::kGemm, "stream_bf16", kFast,
-       "few rows of bf16 x, code books, groups in multiples of 32: looked up as bf16 in registers, "
-       "nf4 rounded once",
-       XForm::kBFloats, refuse_stream_bf16, run_stream_bf16, nullptr},
       {Op::kGemm, "stream_f32", kFast,
        "few rows of x, groups in multiples of 16: weights decoded in registers, read once",
        XForm::kFloats, refuse_stream, run_stream, nullptr},

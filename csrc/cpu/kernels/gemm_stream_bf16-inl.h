@@ -1,71 +1,28 @@
-// gemm for few rows of bf16 and code books (FP8, FP4, NF4) with bf16 dot products: weights are looked up as bf16, in
-// registers, and read once. Half the instructions of gemm_stream-inl.h, which looks up floats.
+// gemm for bf16 activations with bf16 dot products: codes are looked up as bf16, in registers, and where there are few rows
+// each weight is read once. Half the instructions of gemm_stream-inl.h, which looks up floats, and no panel as
+// gemm_panel_bf16-inl.h has, which goes through memory.
 //
-// FP8's and FP4's values are exact in bf16; NF4's 16 levels are rounded to it once (their scale is not: sums over a group
-// take it in fp32). Every sum is two chains whose order depends on K alone, not on M or on the other rows. x comes with the
-// middle two of every four k exchanged, as decode_bf16-inl.h has them. Included after V, codec-inl.h and epilogue-inl.h; V
-// needs broadcast_pair, dot2 and ByteLut.
+// Values of codes are exact in bf16, but for NF4's 16 levels, which are rounded to it once. Scales are not: the sums over a group
+// take them in fp32. Every sum is two chains whose order depends on K alone, not on M or on the other rows, so this kernel is
+// batch-invariant. x comes with the middle two of every four k exchanged, as decode_bf16-inl.h has them. Included after V,
+// codec-inl.h, decode_bf16-inl.h, epilogue-inl.h and pairs-inl.h; V needs broadcast_pair and dot2.
 
 // Bytes ahead: fp8 94 % of a streaming read's speed with 1024 and 77 % with 2048, nf4 75 and 78 (Zen 4, M = 1).
 template <int kBits>
 constexpr int64_t kPairPrefetch = kBits == 8 ? 1024 : 2048;
-
-// Two registers of pairs: (k0, k2) and (k1, k3) of a quad of 16 rows.
-struct Pairs {
-  V::I even, odd;
-};
-
-// Four bits: one table of 32 words. A look-up takes five bits of every word and so one bit of the next code, for which the
-// 16 levels stand twice.
-struct NibblePairs {
-  static constexpr int kBits = 4;
-  V::I table;
-
-  explicit NibblePairs(const WeightView& w) {
-    uint16_t words[32];
-    for (int q = 0; q < 32; ++q) {
-      uint32_t bits;
-      __builtin_memcpy(&bits, w.code + q % 16, 4);
-      words[q] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-    }
-    table = V::iload(reinterpret_cast<const uint8_t*>(words));
-  }
-
-  template <int Q>
-  LOWBIT_UNROLLED Pairs quad(const uint8_t* block) const {
-    const V::I codes = V::iload(block + Q / 2 * 64);
-    return {V::word_lut32(V::shr16<Q % 2 * 4>(codes), table),
-            V::word_lut32(V::shr16<8 + Q % 2 * 4>(codes), table)};
-  }
-};
-
-// Eight bits: tables of the halves' bytes, as in Fp8TableCodec, and one permutation for each register of pairs.
-struct BytePairs {
-  static constexpr int kBits = 8;
-  Fp8TableCodec bytes;
-
-  explicit BytePairs(const WeightView& w) : bytes(w) {}
-
-  template <int Q>
-  LOWBIT_UNROLLED Pairs quad(const uint8_t* block) const {
-    const V::I codes = V::iload(block + Q * 64);
-    const V::I sign = V::band(codes, V::iset1(static_cast<int32_t>(0x80808080u)));
-    const V::I low = V::lut128(codes, bytes.low), high = V::bor(V::lut128(codes, bytes.high), sign);
-    return {V::pair_of_halves<0>(low, high), V::pair_of_halves<1>(low, high)};
-  }
-};
 
 // A tile is MR rows of x times NR strips, two sums each.
 template <int MR, int NR>
 using PairSums = V::F[MR][NR][2];
 
 template <int Q, int MR, int NR, class Codec>
-LOWBIT_UNROLLED inline void pair_quad(const Codec& codec, const uint8_t* const (&base)[NR],
-                                      int64_t offset, const uint16_t* const (&x)[MR], int64_t k,
+LOWBIT_UNROLLED inline void pair_quad(const Codec& codec, const typename Codec::State (&state)[NR],
+                                      const uint8_t* const (&block)[NR],
+                                      const uint16_t* const (&x)[MR], int64_t k,
                                       PairSums<MR, NR>& sums) {
   Pairs w[NR];
 #pragma GCC unroll 4
-  for (int s = 0; s < NR; ++s) w[s] = codec.template quad<Q>(base[s] + offset);
+  for (int s = 0; s < NR; ++s) w[s] = codec.template quad<Q>(block[s], state[s]);
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
     const V::I even = V::broadcast_pair(x[m] + k + 4 * Q);
@@ -78,27 +35,71 @@ LOWBIT_UNROLLED inline void pair_quad(const Codec& codec, const uint8_t* const (
   }
 }
 
-// Sums over one group: `blocks` blocks of 32 k.
+// One block of 32 k.
 template <int MR, int NR, class Codec>
-LOWBIT_UNROLLED inline void sum_pairs(const Codec& codec, const WeightView& w,
-                                      const uint8_t* const (&base)[NR],
+LOWBIT_UNROLLED inline void pair_block(const Codec& codec, const typename Codec::State (&state)[NR],
+                                       const uint8_t* const (&block)[NR],
+                                       const uint16_t* const (&x)[MR], int64_t k,
+                                       PairSums<MR, NR>& sums) {
+  pair_quad<0>(codec, state, block, x, k, sums);
+  pair_quad<1>(codec, state, block, x, k, sums);
+  pair_quad<2>(codec, state, block, x, k, sums);
+  pair_quad<3>(codec, state, block, x, k, sums);
+  pair_quad<4>(codec, state, block, x, k, sums);
+  pair_quad<5>(codec, state, block, x, k, sums);
+  pair_quad<6>(codec, state, block, x, k, sums);
+  pair_quad<7>(codec, state, block, x, k, sums);
+}
+
+template <int NR>
+LOWBIT_INLINE inline void blocks_at(const uint8_t* const (&base)[NR], int64_t offset,
+                                    const uint8_t* (&block)[NR]) {
+#pragma GCC unroll 4
+  for (int s = 0; s < NR; ++s) block[s] = base[s] + offset;
+}
+
+// Sums over the blocks of one group.
+template <int MR, int NR, class Codec>
+LOWBIT_UNROLLED inline void sum_pairs(const Codec& codec, const typename Codec::State (&state)[NR],
+                                      const WeightView& w, const uint8_t* const (&base)[NR],
                                       const uint16_t* const (&x)[MR], int64_t k, int64_t end,
                                       PairSums<MR, NR>& sums) {
-#pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-    for (int s = 0; s < NR; ++s) sums[m][s][0] = sums[m][s][1] = V::zero();
-  }
   for (int64_t offset = k / 32 * w.block_bytes; k < end; k += 32, offset += w.block_bytes) {
     prefetch_blocks<Codec::kBits>(w, base, offset + kPairPrefetch<Codec::kBits>);
-    pair_quad<0>(codec, base, offset, x, k, sums);
-    pair_quad<1>(codec, base, offset, x, k, sums);
-    pair_quad<2>(codec, base, offset, x, k, sums);
-    pair_quad<3>(codec, base, offset, x, k, sums);
-    pair_quad<4>(codec, base, offset, x, k, sums);
-    pair_quad<5>(codec, base, offset, x, k, sums);
-    pair_quad<6>(codec, base, offset, x, k, sums);
-    pair_quad<7>(codec, base, offset, x, k, sums);
+    const uint8_t* block[NR];
+    blocks_at(base, offset, block);
+    pair_block(codec, state, block, x, k, sums);
+  }
+}
+
+// The same for one row and one strip where a zero is larger than ZeroPairs' table: codes go through floats, and through memory.
+struct WideSums {
+  V::F even, odd;
+};
+[[gnu::noinline]] WideSums sum_wide_zeros(const WeightView& w, const uint8_t* base, int64_t g,
+                                          const uint16_t* x, int64_t k, int64_t end) {
+  using Wide = IntCodec<ZeroPairs::kBits, Zeros::kGiven>;
+  const Wide wide(w);
+  const TileGroup group = tile_group(w, base, g);
+  alignas(64) uint8_t decoded[32 * 32];
+  const uint8_t* const block[1] = {decoded};
+  const uint16_t* const row[1] = {x};
+  const DecodedPairs::State state[1];
+  PairSums<1, 1> sums = {{{V::zero(), V::zero()}}};
+  V::I unused = V::izero();
+  for (; k < end; k += 32) {
+    decode_codes<Wide>(&wide, base + k / 32 * w.block_bytes, group, decoded, unused);
+    pair_block(DecodedPairs(), state, block, row, k, sums);
+  }
+  return {sums[0][0][0], sums[0][0][1]};
+}
+
+// Not part of every tile: it is as long as a short tile itself.
+[[gnu::noinline]] void write_pairs(const GemmJob& job, int64_t m0, int rows, int64_t strip,
+                                   int strips, const float* totals) {
+  for (int m = 0; m < rows; ++m) {
+    for (int s = 0; s < strips; ++s, totals += 16)
+      write_tile_row(job.y, job.w.N, m0 + m, (strip + s) * 16, V::load(totals));
   }
 }
 
@@ -114,9 +115,29 @@ void pair_tile(const Codec& codec, const GemmJob& job, int64_t strip, int64_t m0
     for (int s = 0; s < NR; ++s) total[m][s] = V::zero();
   }
   for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t end = g + 1 == w.groups ? w.K_padded : (g + 1) * w.group_size;
+    const int64_t begin = g * w.group_size;
+    const int64_t end = g + 1 == w.groups ? w.K_padded : begin + w.group_size;
+    typename Codec::State state[NR];
+    bool fits = true;
     PairSums<MR, NR> sums;
-    sum_pairs<MR, NR>(codec, w, base, x, g * w.group_size, end, sums);
+#pragma GCC unroll 4
+    for (int s = 0; s < NR; ++s) {
+      state[s] = typename Codec::State(w, base[s], g);
+      fits = fits && state[s].fits();
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) sums[m][s][0] = sums[m][s][1] = V::zero();
+    }
+    if (fits) {
+      sum_pairs<MR, NR>(codec, state, w, base, x, begin, end, sums);
+    } else {
+      for (int m = 0; m < MR; ++m) {
+        for (int s = 0; s < NR; ++s) {
+          const WideSums wide = sum_wide_zeros(w, base[s], g, x[m], begin, end);
+          sums[m][s][0] = wide.even;
+          sums[m][s][1] = wide.odd;
+        }
+      }
+    }
 #pragma GCC unroll 4
     for (int s = 0; s < NR; ++s) {
       const V::F scale = group_scales(w, base[s], g);
@@ -125,31 +146,45 @@ void pair_tile(const Codec& codec, const GemmJob& job, int64_t strip, int64_t m0
         total[m][s] = V::fma(V::add(sums[m][s][0], sums[m][s][1]), scale, total[m][s]);
     }
   }
-  for (int s = 0; s < NR; ++s) {
-    for (int m = 0; m < MR; ++m) write_tile_row(job.y, w.N, m0 + m, (strip + s) * 16, total[m][s]);
+  float totals[MR * NR * 16];
+  for (int m = 0; m < MR; ++m) {
+    for (int s = 0; s < NR; ++s) V::store(totals + (m * NR + s) * 16, total[m][s]);
   }
+  write_pairs(job, m0, MR, strip, NR, totals);
 }
 
 // All rows against NR strips, which from the second tile of rows on come from cache.
 template <int MR, int NR, class Codec>
 void pair_rows(const Codec& codec, const GemmJob& job, int64_t strip, int64_t m) {
   for (; m + MR <= job.x.M; m += MR) pair_tile<MR, NR>(codec, job, strip, m);
-  if constexpr (MR > 1) pair_rows<MR / 2, NR>(codec, job, strip, m);
+  // One strip alone is what few columns leave: its last rows go one by one.
+  if constexpr (MR > 1) pair_rows<NR == 1 ? 1 : MR / 2, NR>(codec, job, strip, m);
 }
 
 // As many strips as registers hold sums for.
 template <class Codec>
-void pair_strips(const Codec& codec, const GemmJob& job, int64_t strip, int64_t end) {
+void pair_strips(const GemmJob& job, int64_t strip, int64_t end) {
+  const Codec codec(job.w);
   for (; strip + 4 <= end && job.x.M < 4; strip += 4) pair_rows<2, 4>(codec, job, strip, 0);
   for (; strip + 2 <= end; strip += 2) pair_rows<4, 2>(codec, job, strip, 0);
   for (; strip < end; ++strip) pair_rows<4, 1>(codec, job, strip, 0);
 }
 
-// Only code books reach this kernel.
-void gemm_stream_bf16(const GemmJob& job, int64_t strip_begin, int64_t strip_end) {
-  if (job.w.bits == 8) {
-    pair_strips(BytePairs(job.w), job, strip_begin, strip_end);
-  } else {
-    pair_strips(NibblePairs(job.w), job, strip_begin, strip_end);
+// Only code books, and integers of at most six bits, without zeros or of four bits, reach this kernel.
+void gemm_stream_bf16(const GemmJob& job, int64_t begin, int64_t end) {
+  if (job.w.zero_kind == ZeroKind::kInt) return pair_strips<ZeroPairs>(job, begin, end);
+  switch (job.w.bits) {
+    case 2:
+      return pair_strips<PlanePairs<2>>(job, begin, end);
+    case 3:
+      return pair_strips<TwoPlanePairs<3>>(job, begin, end);
+    case 4:
+      return pair_strips<PlanePairs<4>>(job, begin, end);
+    case 5:
+      return pair_strips<TwoPlanePairs<5>>(job, begin, end);
+    case 6:
+      return pair_strips<TwoPlanePairs<6>>(job, begin, end);
+    default:
+      return pair_strips<BytePairs>(job, begin, end);
   }
 }

@@ -14,6 +14,7 @@ namespace isa_avx512bf16 {
 #include "cpu/kernels/decode_bf16-inl.h"
 #include "cpu/kernels/epilogue-inl.h"
 #include "cpu/kernels/gemm_panel_bf16-inl.h"
+#include "cpu/kernels/pairs-inl.h"
 #include "cpu/kernels/prefetch-inl.h"
 #include "cpu/kernels/gemm_stream_bf16-inl.h"
 // clang-format on

@@ -114,6 +114,9 @@ struct V {
   }
   // Tables of 32 words, indexed by the low five bits of every word.
   static I word_lut32(I index, I table) { return _mm512_permutexvar_epi16(index, table); }
+  static I word_lut64(I index, I low, I high) {
+    return _mm512_permutex2var_epi16(low, index, high);
+  }
   template <int kBits>
   static I shr16(I a) {  // every word by itself
     return kBits == 0 ? a : _mm512_srli_epi16(a, kBits);
@@ -162,6 +165,12 @@ struct V {
   }
 #endif
 
+  // Bits of a where the mask has them, else of b.
+  static I choose(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
+  static bool bytes_at_most(I a, int most) {
+    return _mm512_cmpgt_epu8_mask(a, _mm512_set1_epi8(static_cast<char>(most))) == 0;
+  }
+  static I isub8(I a, I b) { return _mm512_sub_epi8(a, b); }
 #if defined(__AVX512BF16__)
   static I broadcast_pair(const uint16_t* p) {
     int32_t pair;
