@@ -1,7 +1,7 @@
 """Write a C++ file that holds every shader as a string, with the headers that it includes in it.
 
 Shaders are compiled on the user's machine, where there is no include path. A quoted #include is replaced by the file, the first
-time that a shader names it; `#pragma once` and <cstdint>, which Metal does not have, go.
+time that a shader names it, or every time, if it ends in -inl.h; `#pragma once` and <cstdint>, which Metal does not have, go.
 
     python embed_shaders.py CSRC OUTPUT.cpp
 """
@@ -24,7 +24,7 @@ def flatten(path: Path, csrc: Path, seen: set[Path]) -> list[str]:
                 lines.append(line)
         elif not include[1].startswith("emulator/"):  # of a branch that Metal does not take
             header = csrc / include[1]
-            if header not in seen:
+            if header not in seen or header.name.endswith("-inl.h"):
                 seen.add(header)
                 lines += flatten(header, csrc, seen)
     return lines

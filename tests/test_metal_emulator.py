@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +42,57 @@ def planted(emulator: MetalEmulator, name: str, order: str = "forward", threads:
     tensors = [y] if name in ("planted_unwritten", "planted_large") else [x, y]
     emulator.run(name, [], tensors, (1, 1), threads)
     return y
+
+
+def pairs(dtype: type[np.floating[Any]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of every kind, and such whose sums cancel, whose products are subnormal, whose quotients are ties."""
+    r = np.random.default_rng(count)
+    bits, mantissa = (32, 23) if dtype is np.float32 else (64, 52)
+    integers = np.dtype(f"u{bits // 8}")
+
+    def numbers() -> np.ndarray:
+        exponents = r.integers(0, 2 ** (bits - 1 - mantissa), count)
+        middle = 2 ** (bits - 2 - mantissa) - 1 + r.integers(-mantissa, mantissa, count)
+        low = r.integers(0, 3, count)
+        exponent = np.choose(r.integers(0, 3, count), [exponents, middle, low]).astype(integers)
+        fraction = r.integers(0, 2**mantissa, count, dtype=integers)
+        few = fraction >> r.integers(0, mantissa, count, dtype=integers) << integers.type(3)
+        fraction = np.choose(r.integers(0, 4, count), [fraction, few % 2**mantissa, 0 * few, 0 * few + 2**mantissa - 1])
+        sign = r.integers(0, 2, count, dtype=integers) << integers.type(bits - 1)
+        return (sign | exponent << integers.type(mantissa) | fraction.astype(integers)).view(dtype)
+
+    a, b = numbers(), numbers()
+    near = r.integers(0, 8, count) == 0
+    return a, np.where(near, (a.view(integers) ^ integers.type(1)).view(dtype), b)
+
+
+def same_numbers(found: np.ndarray, expected: np.ndarray) -> bool:
+    integers = f"u{expected.itemsize}"
+    nan = np.isnan(expected)
+    return bool(
+        np.array_equal(np.isnan(found), nan)
+        and np.array_equal(found.view(integers)[~nan], expected.view(integers)[~nan])
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_arithmetic_in_integers_is_ieee(emulator: MetalEmulator, dtype: Any) -> None:
+    """csrc/metal/shaders/ieee.h, which quantize on Metal is made of."""
+    count = 50_000
+    a, b = pairs(dtype, count)
+    to = np.zeros((5, count), dtype)
+    groups = -(-count // 256), 1
+    tensors = [torch.from_numpy(t) for t in (a, b, to)]
+    emulator.run(f"planted_ieee_{to.itemsize * 8}", [count], tensors, groups, 256)
+    with np.errstate(all="ignore"):
+        for found, expected in zip(to, (a + b, a - b, a * b, a / b), strict=False):
+            assert same_numbers(found, expected)
+        assert np.array_equal(to[4].view(f"u{to.itemsize}"), (a < b) + 2 * (a == b))
+        other = np.float64 if dtype is np.float32 else np.float32
+        converted = np.zeros(count, other)
+        name = "planted_widened" if dtype is np.float32 else "planted_narrowed"
+        emulator.run(name, [count], [torch.from_numpy(a), torch.from_numpy(converted)], groups, 256)
+        assert same_numbers(converted, a.astype(other))
 
 
 def test_what_is_right_is_right_in_every_order(emulator: MetalEmulator) -> None:

@@ -16,7 +16,9 @@
 #endif
 
 namespace lowbit::cuda::rules {
+#include "quantize/native-inl.h"
 #include "quantize/rules-inl.h"
+#include "quantize/search-inl.h"
 }  // namespace lowbit::cuda::rules
 
 #undef LOWBIT_HD

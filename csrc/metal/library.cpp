@@ -103,6 +103,8 @@ std::string kernel_name(const Pipeline& p) {
   static const char* const rows[] = {"1", "2", "4", "8"};
   static const char* const packing[] = {"pack_codes", "pack_scales", "unpack_codes",
                                         "unpack_scales", "copy_ints"};
+  static const char* const encoders[] = {"int",      "int_zeros", "float_zeros", "offsets",
+                                         "fp8_e4m3", "fp8_e5m2",  "fp4_e2m1",    "nf4"};
   switch (p.variant.shader) {
     case Shader::kStream:
       return concat("stream_m", rows[p.index % 4], format_of(p), p.index < 4 ? "" : "_affine",
@@ -119,6 +121,10 @@ std::string kernel_name(const Pipeline& p) {
       return concat("dequantize", element_of(p));
     case Shader::kPack:
       return packing[p.index];
+    case Shader::kQuantize:
+      return concat("quantize_", encoders[p.index]);
+    case Shader::kQuantizeSearch:
+      return concat("quantize_search_", encoders[p.index]);
     case Shader::kQuantizeActivation:
       return p.index == 0 ? "quantize_activation_1" : "quantize_activation_8";
     case Shader::kPrepareRows:

@@ -1,13 +1,10 @@
 // quantize, dequantize, pack and unpack on Metal.
 
-#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <algorithm>
+#include <cstring>
 
-#include <array>
-
+#include "formats/format_table.h"
 #include "metal/tensor.h"
-
-#define LOWBIT_TEXT_(name) #name
-#define LOWBIT_TEXT(name) LOWBIT_TEXT_(name)
 
 namespace lowbit::metal {
 namespace {
@@ -20,16 +17,33 @@ uint32_t groups_of(int64_t items) { return static_cast<uint32_t>(div_up(items, k
 
 // ---- quantize ----------------------------------------------------------------------------------------------------------
 
-Tensor moved_to(const Place& place, const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  Tensor copy = empty_on(place, Shape(sizes.data(), sizes.size()), tensor.scalar_type());
-  if (tensor.numel() > 0) torch::stable::copy_(copy, tensor);
-  return copy;
+// The kernel's index among its shader's: by zeros for integers, by format for the rest.
+int encoder_of(const Desc& desc) {
+  if (format_info(desc.format).is_integer) return static_cast<int>(desc.zero_kind);
+  return static_cast<int>(desc.format) - static_cast<int>(Format::kFp8E4m3) + 4;
 }
 
-// On the CPU. The contract is the same bits everywhere: sums in fp64 for the search, subnormal scales, contraction off under
-// whatever flags torch compiles shaders with; Apple's GPUs have the first not at all and promise the others nowhere. Memory is
-// shared and quantizing is done once.
+// A SIMD-group per group of weights up to here, eight beyond.
+constexpr int64_t kShortGroup = 1024;
+
+mp::Quantize quantize_params(const char* op, const Desc& desc, const CanonicalShape& s,
+                             const Rows& rows, Element element) {
+  mp::Quantize p{};
+  p.N = static_cast<int32_t>(s.N);
+  p.K = static_cast<int32_t>(s.K);
+  p.group_size = static_cast<int32_t>(s.group_size);
+  p.groups = static_cast<int32_t>(s.groups);
+  p.row_bytes = static_cast<int32_t>(s.row_bytes);
+  p.stride = checked_int(op, "the stride of weight", rows.stride);
+  p.kinds = mp::make_kinds(desc.scale_dtype, desc.zero_kind, element, Element::kFloat32,
+                           Element::kFloat32, desc.format);
+  std::memcpy(&p.code_max, &format_info(desc.format).max, 4);
+  const int64_t tall = desc.scaling == Scaling::kBlock128 ? std::min<int64_t>(s.N, 128) : 1;
+  if (desc.scaling == Scaling::kBlock128) p.kinds |= mp::kOneScale;
+  p.threads = std::min(s.group_size, s.K) * tall < kShortGroup ? 32 : 256;
+  return p;
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_bits, bool search,
                                             const OptionalTensor& importance,
                                             const OptionalTensor& super_scales) {
@@ -38,33 +52,34 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   check_mps(op, place);
   LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
                ", expected [N, K]");
-  float_element(op, "weight", weight);
+  const Rows rows = rows_of(op, "weight", weight, place);
+  const Element element = float_element(op, "weight", weight);
   const Desc desc = decode_desc(desc_bits);
   LOWBIT_CHECK(!desc.has_perm, op,
                ": desc has a perm; quantize the permuted weight and give the perm to pack");
-  // Throws where there is no such weight, or it is only read.
-  check_quantizable(op, desc, canonical_shape(weight.size(0), weight.size(1), desc), super_scales,
-                    place);
+  const CanonicalShape s = canonical_shape(rows.M, rows.K, desc);
+  const bool two_levels = check_quantizable(op, desc, s, super_scales, place);
   if (importance.has_value())
-    check_plain(op, "importance", *importance, place, ScalarType::Float, {weight.size(1)});
-  OptionalTensor importance_there, supers_there;
-  if (importance.has_value()) importance_there = moved_to(cpu_place(), *importance);
-  if (super_scales.has_value()) supers_there = moved_to(cpu_place(), *super_scales);
-  using torch::stable::detail::from;
-  std::array<StableIValue, 5> stack{from(moved_to(cpu_place(), weight)), from(desc_bits),
-                                    from(search), from(importance_there), from(supers_there)};
-#if defined(LOWBIT_EMULATOR)
-  const char* name = "lowbit::quantize";
-#else
-  const char* name = LOWBIT_TEXT(LOWBIT_OP_NAMESPACE) "::quantize";
-#endif
-  // What it could refuse has been refused; torch's macro for this is not in 2.11.
-  LOWBIT_CHECK(
-      torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS, op,
-      ": the CPU's quantizer failed; torch has written why to stderr");
-  using torch::stable::detail::to;
-  return {moved_to(place, to<Tensor>(stack[0])), moved_to(place, to<Tensor>(stack[1])),
-          moved_to(place, to<Tensor>(stack[2]))};
+    check_plain(op, "importance", *importance, place, ScalarType::Float, {rows.K});
+  Tensor packed = empty_on(place, {s.N, s.row_bytes}, ScalarType::Byte);
+  Tensor scales = empty_table(place, s, desc, kScaleTable);
+  Tensor zeros = empty_table(place, s, desc, kZeroTable);
+  mp::Quantize p = quantize_params(op, desc, s, rows, element);
+  if (importance.has_value()) p.kinds |= mp::kHasImportance;
+  if (two_levels) p.kinds |= mp::kHasSuper;
+  const bool blocks = desc.scaling == Scaling::kBlock128;
+  const Shader shader = search ? Shader::kQuantizeSearch : Shader::kQuantize;
+  Command(op, {{shader, Format(0), false, Element::kFloat32}, encoder_of(desc)})
+      .params(p)
+      .tensor(rows.keep)
+      .tensor(importance, scales)
+      .tensor(super_scales, scales)
+      .tensor(packed)
+      .tensor(scales)
+      .tensor(s.zero_bytes == 0 ? scales : zeros)
+      .run(static_cast<uint32_t>(s.groups), static_cast<uint32_t>(blocks ? div_up(s.N, 128) : s.N),
+           p.threads);
+  return {packed, scales, zeros};
 }
 
 // ---- dequantize --------------------------------------------------------------------------------------------------------

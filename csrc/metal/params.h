@@ -44,6 +44,16 @@ struct Canonical {
 };
 #define LOWBIT_CANONICAL_WORDS 6
 
+// quantize: canonical tensors from a weight.
+struct Quantize {
+  int32_t N, K;
+  int32_t group_size, groups;
+  int32_t row_bytes, kinds;
+  int32_t stride, threads;   // elements between rows of the weight; of a threadgroup
+  uint32_t code_max, spare;  // FormatInfo::max, its bits
+};
+#define LOWBIT_QUANTIZE_WORDS 5
+
 // Rows of activations. quantize_activation: group_size and groups; what makes rows ready for a GEMM: perm's place in the
 // weight, in bytes.
 struct Rows {
@@ -67,6 +77,9 @@ enum KindFlags : int32_t {
   kHasXScales = 1 << 27,
   kVectors = 1 << 28,  // rows of x start at multiples of 16 bytes
   kHasXZeros = 1 << 29,
+  // quantize
+  kHasImportance = 1 << 25,
+  kHasSuper = 1 << 26,  // a scale of all scales
   // quantize_activation
   kSymmetric = 1 << 24,
   kStatic = 1 << 25,

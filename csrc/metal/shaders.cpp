@@ -49,9 +49,17 @@ const char* type_of(Element element) {
 }  // namespace
 
 const char* name_of(Shader shader) {
-  static const char* const names[kShaderCount] = {
-      "stream",     "matrix", "matrix_exact",        "grad",        "general",
-      "dequantize", "pack",   "quantize_activation", "prepare_rows"};
+  static const char* const names[kShaderCount] = {"stream",
+                                                  "matrix",
+                                                  "matrix_exact",
+                                                  "grad",
+                                                  "general",
+                                                  "dequantize",
+                                                  "pack",
+                                                  "quantize",
+                                                  "quantize_search",
+                                                  "quantize_activation",
+                                                  "prepare_rows"};
   return names[static_cast<int>(shader)];
 }
 

@@ -25,10 +25,12 @@ enum class Shader : int {
   kGeneral,
   kDequantize,
   kPack,
+  kQuantize,
+  kQuantizeSearch,
   kQuantizeActivation,
   kPrepareRows
 };
-inline constexpr int kShaderCount = 9;
+inline constexpr int kShaderCount = 11;
 const char* name_of(Shader shader);
 
 // What a source is compiled for; `format` 0 and `has_element` false where a shader asks for neither.

@@ -179,7 +179,7 @@ def test_headers_are_metals_own() -> None:
 def test_buffers_are_counted_without_gaps(name: str) -> None:
     """Host and emulator give arguments by position: buffer i is the i-th parameter, and there are 31 at most."""
     text = metal_part(name)
-    for macro in ("GEMM", "CANONICAL", "ROWS"):
+    for macro in ("GEMM", "CANONICAL", "QUANTIZE", "ROWS"):
         arguments = re.search(rf"#define LOWBIT_{macro}_ARGUMENTS((?:.*\\\n)*.*)\n", text)
         if arguments is None:
             continue

@@ -1,4 +1,4 @@
-"""The Metal ops without a product: pack, unpack, dequantize, quantize, quantize_activation. The CPU's bits.
+"""The Metal ops without a product: pack, unpack, dequantize, quantize_activation (and test_metal_quantize.py). The CPU's bits.
 
 Where a result is NaN, it is NaN on both; its sign and payload are the device's.
 """
@@ -73,17 +73,6 @@ def test_dequantize(metal: Any, kind: str) -> None:
 
 def test_dequantize_keeps_the_sign_of_zero(metal: Any) -> None:
     check_sign_of_zero(metal)
-
-
-@pytest.mark.parametrize("search", [False, True])
-def test_quantize_is_the_cpu(metal: Any, search: bool) -> None:
-    importance = torch.rand(40)
-    for kind in ("int4", "int3-int", "int8-offset", "nf4", "fp8_e4m3"):
-        format, zero_kind, _ = KINDS[kind]
-        weight, d = cases.random_x(9, 40, dtype=torch.bfloat16), desc(Spec(format, zero_kind, 16, "float16"))
-        found = metal.ops.quantize(on(metal, weight), d, search, on(metal, importance))
-        for a, b in zip(found, torch.ops.lowbit.quantize(weight, d, search, importance), strict=True):
-            assert a.device.type == metal.device and a.shape == b.shape and same_bits(a, b), kind
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------

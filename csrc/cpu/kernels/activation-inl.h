@@ -47,7 +47,7 @@ inline void int8_codes(const float* x, int64_t count, float scale, float zero, f
 inline void fp8_codes(const float* x, int64_t count, float scale, uint8_t* codes) {
   using E4m3 = SmallFloat<4, 3>;
   const V::F unit = V::set1(scale), least = V::set1(-448.0f), most = V::set1(448.0f);
-  const V::F inverse_spacing = V::set1(E4m3::kInverseSpacing);
+  const V::F inverse_spacing = V::set1(E4m3::inverse_spacing());
   const V::I half = V::iset1((1 << (E4m3::kDrop - 1)) - 1 - ((127 - E4m3::kBias) << 23));
   const V::I smallest_normal = V::iset1(E4m3::kSmallestNormal);
   for_sixteen(x, count, codes, [&](const float* from, uint8_t* to) {

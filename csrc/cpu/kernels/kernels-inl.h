@@ -15,7 +15,9 @@
 #include "cpu/kernels/rows-inl.h"
 #define LOWBIT_HD
 #define LOWBIT_UNROLL _Pragma("GCC unroll 16")
+#include "quantize/native-inl.h"
 #include "quantize/rules-inl.h"
+#include "quantize/search-inl.h"
 #include "cpu/kernels/quantize-inl.h"
 #include "cpu/kernels/activation-inl.h"
 #undef LOWBIT_HD

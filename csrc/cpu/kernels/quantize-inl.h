@@ -1,4 +1,4 @@
-// The weight quantizer: one group of values -> codes, scale, zero. Included after quantize/rules-inl.h, which has the
+// The weight quantizer: one group of values -> codes, scale, zero. Included after quantize/search-inl.h, which has the
 // arithmetic; here are the loops and sums over a group.
 //
 // Sums run over 16 fixed lanes, so that they are the same on every ISA (and on a GPU).

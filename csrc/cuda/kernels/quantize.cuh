@@ -130,7 +130,7 @@ __device__ rules::Affine refit(const Group& group, int lane, const Encoder& e) {
     s.x += weight * x;
     s.lx += weight * level * x;
   });
-  return rules::refit_of<Encoder::kZeros>(
+  return rules::refit_of<static_cast<ZeroKind>(Encoder::kZeros)>(
       {team_total(s.w), team_total(s.l), team_total(s.ll), team_total(s.x), team_total(s.lx)}, e.p);
 }
 
@@ -154,7 +154,7 @@ __device__ inline Found block_best(const Found& mine, Found* found) {
 template <class Encoder>
 __device__ void search_scale(const QuantizeLaunch& p, const Group& group, int lane,
                              const rules::Range& range, bool active, Found* found, Encoder& e) {
-  constexpr ZeroKind kKind = Encoder::kZeros;
+  constexpr auto kKind = static_cast<ZeroKind>(Encoder::kZeros);
   Found best{squared_error(group, lane, e), rules::kSearchSteps};
   Encoder candidate = e;
   active = active && best.error > 0;
@@ -226,7 +226,7 @@ __device__ inline Group group_of(const QuantizeLaunch& p, int64_t n, int64_t k0)
 
 template <class Encoder>
 __device__ void quantize_group(const QuantizeLaunch& p, Encoder e) {
-  constexpr ZeroKind kKind = Encoder::kZeros;
+  constexpr auto kKind = static_cast<ZeroKind>(Encoder::kZeros);
   const CanonicalParams& c = p.q.shape;
   const int lane = static_cast<int>(threadIdx.x) % kTeam,
             team = static_cast<int>(threadIdx.x) / kTeam;

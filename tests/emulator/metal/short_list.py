@@ -145,6 +145,20 @@ def activations(activation: str, M: int, K: int) -> Case:
     return Case(f"quantize_activation {activation} M={M} K={K}", run)
 
 
+def quantized(spec: Spec, N: int, K: int, search: bool, dtype: torch.dtype, weighted: bool = False) -> Case:
+    def run(backend: MetalEmulator) -> Outputs:
+        wide = torch.full((N, K + 3), torch.nan, dtype=dtype)
+        wide[:, 1 : K + 1] = cases.random_x(N, K)
+        arguments = (wide[:, 1 : K + 1], cases.desc(spec), search, torch.linspace(0, 2, K) if weighted else None)
+        found = backend.ops.quantize(*arguments)
+        for now, expected in zip(found, torch.ops.lowbit.quantize(*arguments), strict=True):
+            assert kernel_cases.same_bits(now, expected)
+        return list(found)
+
+    how = "search" if search else "nearest"
+    return Case(f"quantize {how} {spec.format} {spec.zero_kind} {spec.group_size} N={N} K={K}", run)
+
+
 @functools.cache
 def all_cases() -> tuple[Case, ...]:
     listed = []
@@ -172,6 +186,10 @@ def all_cases() -> tuple[Case, ...]:
     listed += [
         activations(name, 3, K) for name, K in (("int8", 77), ("int8-asym", 520), ("fp8-g128", 300), ("fp8", 2056))
     ]
+    for search in (False, True):
+        listed.append(quantized(Spec("int3", "int", 24, "float16"), 3, 61, search, BF16, True))
+        listed.append(quantized(Spec("int4", "offset", -1, "float32"), 2, 1029, search, torch.float32))
+        listed.append(quantized(BLOCKS, 130, 131, search, torch.float16, search))
     return tuple(listed)
 
 

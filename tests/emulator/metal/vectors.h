@@ -84,6 +84,7 @@ inline float fabs(float a) { return __builtin_fabsf(a); }
 inline float rint(float a) {
   return __builtin_rintf(a);
 }  // ties to even: the mode is never changed
+inline uint clz(uint a) { return a == 0u ? 32u : uint(__builtin_clz(a)); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline uint min(uint a, uint b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
