@@ -100,6 +100,7 @@ FOUND = {
     "missing_proxy_fence": "was written by ordinary stores, without a fence_proxy_async after them",
     "three_warps": "divergent wgmma: warp 3 issued 5, another one of its warpgroup 6",
     "descriptors_differ": "divergent wgmma: warp \\d and another one of its warpgroup issue different instructions",
+    "wider_than_its_registers": "wgmma number 8 of those for up to 64 columns",
     "register_budgets_differ": "warps 0 and 1 of a warpgroup have different register budgets",
     "too_many_registers": "register budgets of 73728 in all, a multiprocessor has 65536",
     "missing_at_a_barrier": "deadlock: thread 0 is at barrier 1, where 96 of 128 threads are",

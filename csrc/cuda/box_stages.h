@@ -13,6 +13,7 @@
 #include "cuda/stages.h"
 #include "cuda/tensor_map.h"
 #include "cuda/tiles.h"
+#include "cuda/wgmma_widths.h"
 #include "packing/cuda_tile64.h"
 
 namespace lowbit::cuda {
@@ -20,6 +21,9 @@ namespace lowbit::cuda {
 inline constexpr int kWarpgroup = 128;  // threads
 
 struct BoxStage {
+  int32_t tokens;         // of the tile
+  int32_t columns;        // the number of its wgmma (wgmma_widths.h)
+  int32_t box;            // bytes of its x, 128 wide
   int32_t weights;        // bytes from the stage's start to its first strip
   int32_t strip;          // from one strip to the next
   int32_t scales, zeros;  // from a strip's start
@@ -27,17 +31,26 @@ struct BoxStage {
   int32_t groups;         // the most that a step touches
 };
 
-// Of one tile of x, 128 bytes wide.
-constexpr int box_bytes(const Tile& tile) { return tile.tokens * kBoxBytes; }
 constexpr int boxes(const Tile& tile) { return tile.step * x_bytes(tile) / kBoxBytes; }
+
+constexpr bool is_of_integers(const Tile& tile) { return tile.kernel == Kernel::kHopperA8Int; }
+
+// Tokens of a tile: as few tiles as there can be, each as narrow as it can be.
+constexpr int fitted_tokens(const Tile& tile, int64_t M) {
+  const int64_t tiles = std::max<int64_t>((M + tile.tokens - 1) / tile.tokens, 1);
+  return columns_for(is_of_integers(tile), tile.tokens, static_cast<int>((M + tiles - 1) / tiles));
+}
 
 // `Weight` is CudaTile64 or WeightParams.
 template <class Weight>
-constexpr BoxStage box_stage(const Tile& tile, const Weight& w) {
+constexpr BoxStage box_stage(const Tile& tile, int tokens, const Weight& w) {
   BoxStage stage{};
+  stage.tokens = tokens;
+  stage.columns = columns_number(is_of_integers(tile), tile.tokens, tokens);
+  stage.box = tokens * kBoxBytes;
   const int scale_row = static_cast<int>(w.scale_row_bytes);
   const int zero_row = static_cast<int>(w.zero_row_bytes);
-  stage.weights = boxes(tile) * box_bytes(tile);
+  stage.weights = boxes(tile) * stage.box;
   if (w.groups_per_tile != 0) {
     stage.groups = w.groups_per_tile;
     stage.strip = static_cast<int32_t>(w.tile_bytes);
@@ -69,9 +82,9 @@ constexpr int64_t box_shared_bytes(const Tile& tile, const BoxStage& stage, int 
 }
 
 template <class Weight>
-constexpr Residency box_residency(const Tile& tile, const Weight& weight,
+constexpr Residency box_residency(const Tile& tile, int tokens, const Weight& weight,
                                   int64_t shared_per_block) {
-  const BoxStage stage = box_stage(tile, weight);
+  const BoxStage stage = box_stage(tile, tokens, weight);
   for (int stages = std::min(tile.stages, kMostBoxStages); stages >= 2; --stages) {
     const int64_t bytes = box_shared_bytes(tile, stage, stages);
     if (bytes <= shared_per_block) return {stages, 1, bytes};

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(LOWBIT_EMULATOR)
 #include "emulator/language.h"
@@ -30,6 +31,16 @@ namespace lowbit::cuda {
 template <class Index, class Size>
 __host__ __device__ constexpr bool inside(Index index, Size size) {
   return index < size;
+}
+
+// Calls run(std::integral_constant<int, index>{}), 0 <= index < kCount, by a branch. For arrays that are registers, in loops
+// whose bodies are long: only what names a register is there kCount times.
+template <int kCount, int kIndex = 0, class Run>
+__device__ inline void at_index(int index, Run run) {
+  if constexpr (kIndex + 1 < kCount) {
+    if (index != kIndex) return at_index<kCount, kIndex + 1>(index, run);
+  }
+  run(std::integral_constant<int, kIndex>{});
 }
 
 }  // namespace lowbit::cuda

@@ -80,8 +80,14 @@ void run(const char* op, Problem problem, const Weight& weight, RowsParams x, Ou
   problem.x_zeros = x.zeros != nullptr;
   const Config config = choose(op, problem, weight, scope.device());
   const Workspace memory(op, config, workspace, place, scope.stream());
-  GemmParams p{weight.params,        x, y, config.schedule, config.stages, config.hopper.strips,
-               config.hopper.cluster};
+  GemmParams p{weight.params,
+               x,
+               y,
+               config.schedule,
+               config.stages,
+               config.hopper.strips,
+               config.hopper.cluster,
+               config.tokens};
   if (config.shares_tiles) {
     p.schedule.counters = memory.counters();
     p.schedule.partials = reinterpret_cast<float*>(memory.partials());

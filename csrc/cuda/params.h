@@ -94,6 +94,7 @@ struct GemmParams {
   int32_t
       stages;  // of the ring in shared memory, for kernels that let the device decide (stages.h)
   int32_t strips, cluster;  // of the Hopper kernels: hopper_plan.h
+  int32_t tokens;           // of a tile; only kernels of warpgroups have not always the same
 };
 
 }  // namespace lowbit::cuda

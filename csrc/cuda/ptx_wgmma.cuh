@@ -17,6 +17,8 @@
 #include "cuda/device.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/tensor_map.h"
+#include "cuda/wgmma_registers.h"
+#include "cuda/wgmma_widths.h"
 
 namespace lowbit::cuda {
 
@@ -36,11 +38,6 @@ namespace lowbit::cuda::ptx {
 
 // ---- order (9.7.15.7) ----------------------------------------------------------------------------------------------
 
-// Before the first wgmma, and before any that reads registers which other instructions wrote.
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
 // Waits until at most kPending of the warp's groups are in flight.
 template <int kPending>
 __device__ inline void wgmma_wait() {
@@ -54,71 +51,147 @@ __device__ inline void wgmma_pin(uint32_t& value) { asm volatile("" : "+r"(value
 
 // ---- wgmma.mma_async (9.7.15.5.2) ----------------------------------------------------------------------------------
 
-// Registers %0 .. of D, and the same as operands.
-#define LOWBIT_D8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define LOWBIT_D16 \
-  LOWBIT_D8        \
-  ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define LOWBIT_D32 \
-  LOWBIT_D16       \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LOWBIT_D64                                                                   \
-  LOWBIT_D32                                                                         \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LOWBIT_D128                                                                              \
-  LOWBIT_D64                                                                                     \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
-  "%127"
-#define LOWBIT_O8(c, d, i) \
-  c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
-#define LOWBIT_O16(c, d, i) LOWBIT_O8(c, d, i), LOWBIT_O8(c, d, i + 8)
-#define LOWBIT_O32(c, d, i) LOWBIT_O16(c, d, i), LOWBIT_O16(c, d, i + 16)
-#define LOWBIT_O64(c, d, i) LOWBIT_O32(c, d, i), LOWBIT_O32(c, d, i + 32)
-#define LOWBIT_O128(c, d, i) LOWBIT_O64(c, d, i), LOWBIT_O64(c, d, i + 64)
+// With what follows the columns in the instruction's name, and its last operands.
+#define LOWBIT_BF16(X, ...) X("+f", "k16.f32.bf16.bf16", ", 1, 1, 0", __VA_ARGS__)
+#define LOWBIT_F16(X, ...) X("+f", "k16.f32.f16.f16", ", 1, 1, 0", __VA_ARGS__)
+#define LOWBIT_E4M3(X, ...) X("+f", "k32.f32.e4m3.e4m3", ", 1, 1", __VA_ARGS__)
+#define LOWBIT_E5M2(X, ...) X("+f", "k32.f32.e5m2.e4m3", ", 1, 1", __VA_ARGS__)
+#define LOWBIT_S8(X, ...) X("+r", "k32.s32.s8.s8", "", __VA_ARGS__)
 
-// %a .. are the registers of A, %b the descriptor of B, %p whether D is added to.
-#define LOWBIT_WGMMA_A(c, kind, n, tail, count, a0, a1, a2, a3, b, p)                             \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, " p ", 0; wgmma.mma_async.sync.aligned.m64n" n kind \
-               " {" LOWBIT_D##count "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", p" tail ";}"     \
-               : LOWBIT_O##count(c, d, 0)                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_), "r"(accumulate ? 1 : 0))
-#define LOWBIT_WGMMA_KINDS(n, count, ...)                                          \
-  if constexpr (kKind == Wgmma::kBf16) {                                           \
-    LOWBIT_WGMMA_A("+f", "k16.f32.bf16.bf16", n, ", 1, 1, 0", count, __VA_ARGS__); \
-  } else if constexpr (kKind == Wgmma::kF16) {                                     \
-    LOWBIT_WGMMA_A("+f", "k16.f32.f16.f16", n, ", 1, 1, 0", count, __VA_ARGS__);   \
-  } else if constexpr (kKind == Wgmma::kE4m3) {                                    \
-    LOWBIT_WGMMA_A("+f", "k32.f32.e4m3.e4m3", n, ", 1, 1", count, __VA_ARGS__);    \
-  } else if constexpr (kKind == Wgmma::kE5m2) {                                    \
-    LOWBIT_WGMMA_A("+f", "k32.f32.e5m2.e4m3", n, ", 1, 1", count, __VA_ARGS__);    \
-  } else {                                                                         \
-    LOWBIT_WGMMA_A("+r", "k32.s32.s8.s8", n, "", count, __VA_ARGS__);              \
-  }
+// %b is the descriptor of B, %p whether D is added to; `a` and `d` are lists of registers.
+#define LOWBIT_START(p) "{.reg .pred p; setp.ne.b32 p, " p ", 0;\n"
+#define LOWBIT_FENCE "wgmma.fence.sync.aligned;\n"
+#define LOWBIT_WGMMA(n, kind, tail, d, a, b) \
+  "wgmma.mma_async.sync.aligned.m64n" #n kind " {" d "}, {" a "}, " b ", p" tail ";\n"
+#define LOWBIT_COMMIT "wgmma.commit_group.sync.aligned;\n"
+#define LOWBIT_A(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 
-// d = a b + (accumulate ? d : 0), with A in registers.
-template <Wgmma kKind, int kN>
-__device__ inline void wgmma(WgmmaSum<kKind> (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b_,
+// One of several, by a branch that all threads take: of the labels, the one that %i counts to.
+#define LOWBIT_PICK(i, labels) "t: .branchtargets " labels "; brx.idx.uni " i ", t;\n"
+#define LOWBIT_CASE(n, kind, tail, b, a)                                                 \
+  "n" #n ": " LOWBIT_FENCE LOWBIT_WGMMA(n, kind, tail, LOWBIT_D_##n, a, b) LOWBIT_COMMIT \
+      "bra.uni end;\n"
+#define LOWBIT_CASE_2(n, kind, tail, b, a0, a1)                              \
+  "n" #n ": " LOWBIT_FENCE LOWBIT_WGMMA(n, kind, tail, LOWBIT_D0_##n, a0, b) \
+      LOWBIT_WGMMA(n, kind, tail, LOWBIT_D1_##n, a1, b) LOWBIT_COMMIT "bra.uni end;\n"
+
+#define LOWBIT_ONE_FRAGMENT(c, kind, tail, most, labels, cases, a, b, p, i)    \
+  asm volatile(LOWBIT_START(p) LOWBIT_PICK(i, labels)                          \
+                   cases(LOWBIT_CASE, kind, tail, b, a) "end:\n}"              \
+               : LOWBIT_O_##most(c, d[0], 0)                                   \
+               : LOWBIT_A(a_[0]), "l"(b_), "r"(accumulate ? 1 : 0), "r"(which) \
+               : "memory")
+#define LOWBIT_TWO_FRAGMENTS(c, kind, tail, most, labels, cases, a0, a1, b, p, i)               \
+  asm volatile(LOWBIT_START(p) LOWBIT_PICK(i, labels)                                           \
+                   cases(LOWBIT_CASE_2, kind, tail, b, a0, a1) "end:\n}"                        \
+               : LOWBIT_OO_##most(c, d, 0)                                                      \
+               : LOWBIT_A(a_[0]), LOWBIT_A(a_[1]), "l"(b_), "r"(accumulate ? 1 : 0), "r"(which) \
+               : "memory")
+#define LOWBIT_256_COLUMNS(c, kind, tail, a, b, p)                                            \
+  asm volatile(LOWBIT_START(p) LOWBIT_FENCE LOWBIT_WGMMA(256, kind, tail, LOWBIT_D_256, a, b) \
+                   LOWBIT_COMMIT "}"                                                          \
+               : LOWBIT_O_256(c, d[0], 0)                                                     \
+               : LOWBIT_A(a_[0]), "l"(b_), "r"(accumulate ? 1 : 0)                            \
+               : "memory")
+
+#define LOWBIT_8_TO_64(X, ...)                                                                   \
+  X(8, __VA_ARGS__)                                                                              \
+  X(16, __VA_ARGS__)                                                                             \
+  X(24, __VA_ARGS__) X(32, __VA_ARGS__) X(40, __VA_ARGS__) X(48, __VA_ARGS__) X(56, __VA_ARGS__) \
+      X(64, __VA_ARGS__)
+#define LOWBIT_8_TO_64_S8(X, ...) \
+  X(8, __VA_ARGS__)               \
+  X(16, __VA_ARGS__) X(24, __VA_ARGS__) X(32, __VA_ARGS__) X(48, __VA_ARGS__) X(64, __VA_ARGS__)
+#define LOWBIT_72_TO_128(X, ...)                                                \
+  X(72, __VA_ARGS__)                                                            \
+  X(80, __VA_ARGS__)                                                            \
+  X(88, __VA_ARGS__) X(96, __VA_ARGS__) X(104, __VA_ARGS__) X(112, __VA_ARGS__) \
+      X(120, __VA_ARGS__) X(128, __VA_ARGS__)
+#define LOWBIT_80_TO_128_S8(X, ...) \
+  X(80, __VA_ARGS__) X(96, __VA_ARGS__) X(112, __VA_ARGS__) X(128, __VA_ARGS__)
+
+// Sums of so many fragments, and what picks the columns.
+#define LOWBIT_2_64(X)                                                                 \
+  X(LOWBIT_TWO_FRAGMENTS, 64, "n8, n16, n24, n32, n40, n48, n56, n64", LOWBIT_8_TO_64, \
+    "%64, %65, %66, %67", "%68, %69, %70, %71", "%72", "%73", "%74")
+#define LOWBIT_2_64_S8(X)                                                       \
+  X(LOWBIT_TWO_FRAGMENTS, 64, "n8, n16, n24, n32, n48, n64", LOWBIT_8_TO_64_S8, \
+    "%64, %65, %66, %67", "%68, %69, %70, %71", "%72", "%73", "%74")
+#define LOWBIT_2_128(X)                                                                        \
+  X(LOWBIT_TWO_FRAGMENTS, 128, "n72, n80, n88, n96, n104, n112, n120, n128", LOWBIT_72_TO_128, \
+    "%128, %129, %130, %131", "%132, %133, %134, %135", "%136", "%137", "%138")
+#define LOWBIT_1_128(X)                                                                       \
+  X(LOWBIT_ONE_FRAGMENT, 128, "n72, n80, n88, n96, n104, n112, n120, n128", LOWBIT_72_TO_128, \
+    "%64, %65, %66, %67", "%68", "%69", "%70")
+#define LOWBIT_1_128_S8(X)                                                                       \
+  X(LOWBIT_ONE_FRAGMENT, 128, "n80, n96, n112, n128", LOWBIT_80_TO_128_S8, "%64, %65, %66, %67", \
+    "%68", "%69", "%70")
+#define LOWBIT_1_256(X) X(LOWBIT_256_COLUMNS, "%128, %129, %130, %131", "%132", "%133")
+
+// d[i] = a[i] b + (accumulate ? d[i] : 0) of as many columns as wgmma_choice() says, the number of which is `which`, in the
+// first registers of d[i]; a fence before them, and they are a group.
+template <Wgmma kKind, int kFragments, int kCount>
+__device__ inline void wgmma(WgmmaSum<kKind> (&d)[kFragments][kCount],
+                             const uint32_t (&a_)[kFragments][4], uint64_t b_, int which,
                              bool accumulate) {
-  static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128 || kN == 256, "what tiles use");
-  if constexpr (kN == 16) {
-    LOWBIT_WGMMA_KINDS("16", 8, "%8", "%9", "%10", "%11", "%12", "%13")
-  } else if constexpr (kN == 32) {
-    LOWBIT_WGMMA_KINDS("32", 16, "%16", "%17", "%18", "%19", "%20", "%21")
-  } else if constexpr (kN == 64) {
-    LOWBIT_WGMMA_KINDS("64", 32, "%32", "%33", "%34", "%35", "%36", "%37")
-  } else if constexpr (kN == 128) {
-    LOWBIT_WGMMA_KINDS("128", 64, "%64", "%65", "%66", "%67", "%68", "%69")
+  constexpr bool halves = kKind == Wgmma::kBf16 || kKind == Wgmma::kF16;
+  constexpr bool integers = kKind == Wgmma::kS8;
+  static_assert((kFragments == 2 && kCount == 32) ||
+                    (halves ? kFragments * kCount == 128 : kFragments == 1 && kCount == 64),
+                "what tiles use");
+  if constexpr (kFragments == 2 && kCount == 32 && integers) {
+    LOWBIT_2_64_S8(LOWBIT_S8);
+  } else if constexpr (integers) {
+    LOWBIT_1_128_S8(LOWBIT_S8);
+  } else if constexpr (kFragments == 2 && kCount == 32 && kKind == Wgmma::kBf16) {
+    LOWBIT_2_64(LOWBIT_BF16);
+  } else if constexpr (kFragments == 2 && kCount == 32 && kKind == Wgmma::kF16) {
+    LOWBIT_2_64(LOWBIT_F16);
+  } else if constexpr (kFragments == 2 && kCount == 32 && kKind == Wgmma::kE4m3) {
+    LOWBIT_2_64(LOWBIT_E4M3);
+  } else if constexpr (kFragments == 2 && kCount == 32) {
+    LOWBIT_2_64(LOWBIT_E5M2);
+  } else if constexpr (kFragments == 2 && kKind == Wgmma::kBf16) {
+    LOWBIT_2_128(LOWBIT_BF16);
+  } else if constexpr (kFragments == 2) {
+    LOWBIT_2_128(LOWBIT_F16);
+  } else if constexpr (kKind == Wgmma::kE4m3) {
+    LOWBIT_1_128(LOWBIT_E4M3);
+  } else if constexpr (kKind == Wgmma::kE5m2) {
+    LOWBIT_1_128(LOWBIT_E5M2);
+  } else if constexpr (kKind == Wgmma::kBf16) {
+    LOWBIT_1_256(LOWBIT_BF16);
   } else {
-    LOWBIT_WGMMA_KINDS("256", 128, "%128", "%129", "%130", "%131", "%132", "%133")
+    LOWBIT_1_256(LOWBIT_F16);
   }
 }
 
-#undef LOWBIT_WGMMA_KINDS
-#undef LOWBIT_WGMMA_A
+#undef LOWBIT_BF16
+#undef LOWBIT_F16
+#undef LOWBIT_E4M3
+#undef LOWBIT_E5M2
+#undef LOWBIT_S8
+#undef LOWBIT_START
+#undef LOWBIT_FENCE
+#undef LOWBIT_WGMMA
+#undef LOWBIT_COMMIT
+#undef LOWBIT_A
+#undef LOWBIT_PICK
+#undef LOWBIT_CASE
+#undef LOWBIT_CASE_2
+#undef LOWBIT_ONE_FRAGMENT
+#undef LOWBIT_TWO_FRAGMENTS
+#undef LOWBIT_256_COLUMNS
+#undef LOWBIT_8_TO_64
+#undef LOWBIT_8_TO_64_S8
+#undef LOWBIT_72_TO_128
+#undef LOWBIT_80_TO_128_S8
+#undef LOWBIT_2_64
+#undef LOWBIT_2_64_S8
+#undef LOWBIT_2_128
+#undef LOWBIT_1_128
+#undef LOWBIT_1_128_S8
+#undef LOWBIT_1_256
 
 // ---- register budgets (9.7.19.5, setmaxnreg); all four warps of a warpgroup ----------------------------------------
 

@@ -68,6 +68,33 @@ __device__ void for_each_value(Element (&values)[kCount], int j, F f) {
   for (int i = 0; i < kCount; ++i) for_each_value(values[i], j * kCount + i, f);
 }
 
+template <class Values>
+__device__ constexpr int value_count(const Values&) {
+  return static_cast<int>(sizeof(Values) / sizeof(float));
+}
+
+// The first `used` values of each row of an array, where a tile is narrower than its registers: four of each row at a time.
+template <int kRows, int kCount>
+struct FirstValues {
+  float (&values)[kRows][kCount];
+  int used;
+};
+template <int kRows, int kCount, class F>
+__device__ void for_each_value(const FirstValues<kRows, kCount>& first, int, F f) {
+  static_assert(kCount % 4 == 0);
+#pragma unroll
+  for (int j = 0; j < kCount; j += 4) {
+    if (j < first.used) {
+#pragma unroll
+      for (int k = 0; k < 4 * kRows; ++k) f(first.values[k / 4][j + k % 4], j * kRows + k);
+    }
+  }
+}
+template <int kRows, int kCount>
+__device__ int value_count(const FirstValues<kRows, kCount>& first) {
+  return kRows * first.used;
+}
+
 // Turns a block's part of a shared tile, an array of fp32 in each of kThreads threads, into the tile's sum. True in all
 // threads of the one block that then holds it; the other blocks are done with the tile. The block's first kThreads threads
 // call it, with one word of shared memory that nothing else uses meanwhile, and meet at barrier kBarrier: 0 where they are
@@ -75,7 +102,7 @@ __device__ void for_each_value(Element (&values)[kCount], int j, F f) {
 template <int kThreads, int kBarrier = 0, class Values>
 __device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t block,
                              Values& values, uint32_t* elected) {
-  constexpr int tile_values = kThreads * static_cast<int>(sizeof(Values) / sizeof(float));
+  const int tile_values = kThreads * value_count(values);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t begin = segment.tile * s.steps_per_tile;
   const int64_t first = block_of_step(s, begin);

@@ -21,10 +21,16 @@ const Tuning* tuning_of(const Tile& tile) {
   return nullptr;  // general kernels have none
 }
 
+// Of a tile: kernels of warpgroups fit theirs to M.
+int tokens_of(const Tile& tile, const Problem& p) {
+  return has_warpgroups(tile.kernel) ? fitted_tokens(tile, p.M) : tile.tokens;
+}
+
 // How many stages and blocks the device's shared memory holds. No blocks: not even one.
-Residency fit(const KernelRow& row, const CudaTile64& weight, const DeviceInfo& device) {
+Residency fit(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+              const DeviceInfo& device) {
   if (has_warpgroups(row.shape().kernel))
-    return box_residency(row.shape(), weight, device.shared_per_block);
+    return box_residency(row.shape(), tokens_of(row.shape(), p), weight, device.shared_per_block);
   return residency(row.shape(), weight, device.shared_per_block, device.shared_per_sm);
 }
 
@@ -69,7 +75,7 @@ int64_t piece(int64_t bytes) { return round_up(bytes, 256); }
 void cut_ranges(const KernelRow& row, const Problem& p, const CudaTile64& weight,
                 const DeviceInfo& device, Config& config) {
   const Tile& tile = row.shape();
-  const Residency resident = fit(row, weight, device);
+  const Residency resident = fit(row, p, weight, device);
   config.stages = resident.stages;
   config.shared_bytes = resident.shared_bytes;
   const int64_t slots = int64_t{std::max(resident.blocks_per_sm, 1)} * device.sm_count;
@@ -77,7 +83,8 @@ void cut_ranges(const KernelRow& row, const Problem& p, const CudaTile64& weight
   config.efficiency = efficiency_of(config.schedule, slots);
   config.shares_tiles = shares_tiles(config.schedule);
   if (config.shares_tiles)
-    config.partial_bytes = piece(int64_t{2} * config.schedule.blocks * tile.rows * tile.tokens * 4);
+    config.partial_bytes =
+        piece(int64_t{2} * config.schedule.blocks * tile.rows * config.tokens * 4);
 }
 
 void cut_hopper(const KernelRow& row, const Problem& p, const CudaTile64& weight,
@@ -107,6 +114,7 @@ Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weigh
   Config config{};
   config.row = &row;
   config.efficiency = 1.0;
+  config.tokens = tokens_of(row.shape(), p);
   if (row.general) return config;
   if (has_plan(row)) {
     cut_hopper(row, p, weight, device, config);
@@ -156,7 +164,7 @@ bool refuses(const KernelRow& row, const Problem& p, const CudaTile64& weight,
       return why("clusters of ", cluster, " blocks have no share each in the ", weight.tiles,
                  " tiles of K=", p.K);
     if (plan(row, p, weight, device).strips > 0) return false;
-  } else if (row.general || fit(row, weight, device).blocks_per_sm > 0) {
+  } else if (row.general || fit(row, p, weight, device).blocks_per_sm > 0) {
     return false;
   }
   return why("a block's shared memory, ", device.shared_per_block / 1024,
@@ -307,7 +315,7 @@ std::string to_string(const Config& c) {
                   "% busy; workspace ", c.workspace_bytes, " bytes",
                   c.prepares ? ", x copied" : "");
   }
-  return concat(t.name, ": tiles of ", t.rows, " x ", t.tokens, ", steps of ", t.step, ", ",
+  return concat(t.name, ": tiles of ", t.rows, " x ", c.tokens, ", steps of ", t.step, ", ",
                 t.warps(), " warps, ", c.stages, " stages, ", c.shared_bytes, " bytes shared; ",
                 s.tiles_n, " x ", s.tiles_m, " tiles of ", s.steps_per_tile, " steps on ", s.blocks,
                 " blocks", c.shares_tiles ? ", shared" : "", ", ", percent.str(),

@@ -58,6 +58,7 @@ struct Config {
   bool shares_tiles;      // some tile is summed by several blocks: counters and partials are needed
   bool prepares;          // rows of x are copied into the workspace first
   HopperPlan hopper;      // of the row's kind; else empty
+  int tokens;             // of a tile
   int stages;             // of a block's ring in shared memory
   int64_t shared_bytes;   // of a block
   int64_t partial_bytes;  // sums of shared tiles

@@ -25,8 +25,8 @@ struct Tile {
   Kernel kernel;
   const char* name;  // of the row in the kernel table
   int rows;          // output rows (N; for grad: columns of dx) per block: whole strips
-  int tokens;        // M per block
-  int step;          // K per pipeline step
+  int tokens;  // M per block; the most, in kernels of warpgroups (fitted_tokens(), box_stages.h)
+  int step;    // K per pipeline step
   int warps_n, warps_m, warps_k;  // how a block's warps divide rows, tokens and the steps of K
   int stages;                     // steps in flight
   int blocks_per_sm;              // that the registers allow
@@ -54,8 +54,6 @@ inline constexpr Tile kTiles[] = {
     {Kernel::kHopperStream, "hopper_stream_m16", 64, 16, 128, 1, 1, 4, 24, 3},
     {Kernel::kStream, "stream_m8", 64, 8, 64, 1, 1, 8, 4, 2},
     {Kernel::kStream, "stream_m16", 64, 16, 64, 1, 1, 8, 4, 2},
-    {Kernel::kHopperMatrix, "hopper_matrix_m16", 256, 16, 128, 8, 1, 1, 8, 1},
-    {Kernel::kHopperMatrix, "hopper_matrix_m32", 256, 32, 128, 8, 1, 1, 8, 1},
     {Kernel::kHopperMatrix, "hopper_matrix_m64", 256, 64, 128, 8, 1, 1, 8, 1},
     {Kernel::kHopperMatrix, "hopper_matrix_m128", 256, 128, 128, 8, 1, 1, 6, 1},
     {Kernel::kHopperMatrix, "hopper_matrix_m256", 128, 256, 128, 8, 1, 1, 4, 1},

@@ -28,8 +28,6 @@ inline constexpr Tuning kTuning[] = {
     {"hopper_stream_m16", 16, 1, 8, kDecodesAgain},
     {"stream_m8", 8, 8, 16, kDecodesAgain},
     {"stream_m16", 16, 8, 16, kDecodesAgain},
-    {"hopper_matrix_m16", 16, 4, 16, kDecodesAgain},
-    {"hopper_matrix_m32", 32, 4, 8, kDecodesOnce},
     {"hopper_matrix_m64", 64, 4, 8, kDecodesOnce},
     // Of 256 rows x 128 tokens and 128 x 256, the first reads less, the second decodes less.
     {"hopper_matrix_m128", kAnyRows, 8, 4, "unmeasured: partial sums are 128 KB each way"},

@@ -72,10 +72,12 @@ __device__ void store_sums(const OutParams& y, int64_t m, int64_t M, int64_t n, 
   const int first = lane % 8 * 8;
   float bias[8];
   load_bias(y, n + first, N, bias);
-#pragma unroll
+#pragma unroll 1
   for (int b = 0; b < kBlocks8; ++b) {
+    at_index<kBlocks8>(b, [&](auto block) {
 #pragma unroll
-    for (int i = 0; i < kFragments; ++i) place_fragment(turned, lane, i, sums[i][b]);
+      for (int i = 0; i < kFragments; ++i) place_fragment(turned, lane, i, sums[i][block()]);
+    });
     ptx::sync_warp();
 #pragma unroll 1
     for (int token = lane / 8; token < 8; token += 4) {

@@ -52,6 +52,74 @@ def test_every_element_of_y_is_where_it_belongs(backend: Any, kernel: str) -> No
         assert torch.equal(y, x[:, 5 * torch.arange(N) % K]), (M, N, K)
 
 
+def columns_of(kernel: str) -> list[int]:
+    """The widths that a tile of the kernel can have: what wgmma can, from half of its own on."""
+    most = tokens_of(kernel)
+    if most == 256:
+        return [256]
+    integers = kernel.startswith("hopper_a8_int")
+    widths = [n for n in range(8, 129, 8) if not integers or n <= 32 or n % 16 == 0]
+    return [n for n in widths if n <= most and (most == 64 or n > most // 2)]
+
+
+def config(kernel: str, M: int, x: str = "bfloat16") -> str:
+    op = "gemm_a8" if kernel in A8 else "gemm"
+    desc = cuda_desc(Spec("int4", "none", 128, "float32"))
+    with forced(kernel):
+        return _C.describe_config(op, "sm_90", M, 4096, 4096, desc, x, 0)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, *A8])
+def test_tiles_are_as_wide_as_m_and_no_wider(kernel: str) -> None:
+    """As few tiles as there can be, as narrow as those can be."""
+    widths = columns_of(kernel)
+    x = {"hopper_a8_i": "int8", "hopper_a8_f": "float8_e4m3fn"}.get(kernel[:11], "bfloat16")
+    for M in (1, 8, 9, 24, 33, 40, 64, 65, 72, 96, 100, 128, 129, 136, 192, 200, 256, 257, 1000, 4096):
+        tiles = -(-M // widths[-1])
+        width = next(n for n in widths if n * tiles >= M)
+        text = config(kernel, M, x)
+        assert f" x {width}, steps" in text and f" x {tiles} tiles" in text, (M, text)
+
+
+@pytest.mark.parametrize("width", range(16, 257, 16))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_narrow_tiles(backend: Any, kernel: str, width: int) -> None:
+    """Two widths at a time; M one less than the tile's, which blocks share. Whole numbers, so that y is exact."""
+    fitting = [n for n in (width - 8, width) if n in columns_of(kernel)]
+    if not fitting:
+        pytest.skip("another kernel's width")
+    backend.set_device(90, 5)
+    spec = Spec("int4", "none", 64, "float16")
+    for n in fitting:
+        M, N, K = n - 1, 300, 1160
+        weight = one_in_each_row(spec, N, K)
+        m, k = torch.arange(M).view(-1, 1), torch.arange(K).view(1, -1)
+        x = ((m * 31 + k * 7) % 251).to(torch.bfloat16)
+        with forced(kernel):
+            y = gemm(backend, Problem(spec, M, N, K, torch.bfloat16), x, weight)
+        assert torch.equal(y, x[:, 5 * torch.arange(N) % K]), n
+
+
+@pytest.mark.parametrize("kernel", A8)
+def test_narrow_tiles_of_bytes(backend: Any, kernel: str) -> None:
+    integers = kernel.startswith("hopper_a8_int")
+    backend.set_device(90, 5)
+    spec = Spec("int4", "none", 64, "float16")
+    for n in columns_of(kernel):
+        M, N, K = n - 1, 70, 648
+        weight = one_in_each_row(spec, N, K)
+        m, k = torch.arange(M).view(-1, 1), torch.arange(K).view(1, -1)
+        x = (m * 31 + k * 7) % 15 - 7
+        xq = x.to(torch.int8 if integers else torch.float8_e4m3fn)
+        scales = torch.ones(M, 1)
+        with forced(kernel):
+            w = pack(backend, weight)
+            y = backend.ops.gemm_a8(
+                on(backend, xq), on(backend, scales), None, w, None, N, K, cuda_desc(spec), 0, torch.float32
+            )
+        assert torch.equal(y.cpu(), x[:, 5 * torch.arange(N) % K].float()), n
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_x_as_it_comes(backend: Any, kernel: str) -> None:
     """The copy engine takes rows on 16-byte boundaries that do not overlap; others are copied first."""

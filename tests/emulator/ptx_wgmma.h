@@ -17,7 +17,12 @@ struct WgmmaOperands {
   bool accumulate;
 };
 void wgmma(const WgmmaOperands& operands, Site at);
+// Those of the instruction of this number; ends the launch where there is none.
+int wgmma_columns(bool integers, int most, int number, Site at);
 void wgmma_wait(int pending, Site at);
+// What a wgmma of ptx_wgmma.cuh begins and ends with.
+void wgmma_fence(Site at = Site::here());
+void wgmma_commit(Site at = Site::here());
 void set_registers(int count, bool more, Site at);
 
 }  // namespace lowbit::emulator
@@ -26,8 +31,6 @@ namespace lowbit::cuda::ptx {
 
 // ---- order -------------------------------------------------------------------------------------------------------------
 
-void wgmma_fence(Site at = Site::here());
-void wgmma_commit(Site at = Site::here());
 template <int kPending>
 void wgmma_wait(Site at = Site::here()) {
   static_assert(kPending >= 0 && kPending <= 7, "a number of groups");
@@ -40,12 +43,16 @@ inline void wgmma_pin(uint32_t&) {}
 
 // ---- wgmma.mma_async ---------------------------------------------------------------------------------------------------
 
-template <Wgmma kKind, int kN>
-void wgmma(WgmmaSum<kKind> (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
-           Site at = Site::here()) {
-  static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128 || kN == 256, "what tiles use");
-  emulator::wgmma(
-      {static_cast<int>(kKind), kN, reinterpret_cast<uint32_t*>(&d[0]), a, b, accumulate}, at);
+template <Wgmma kKind, int kFragments, int kCount>
+void wgmma(WgmmaSum<kKind> (&d)[kFragments][kCount], const uint32_t (&a)[kFragments][4], uint64_t b,
+           int which, bool accumulate, Site at = Site::here()) {
+  const int columns = emulator::wgmma_columns(kKind == Wgmma::kS8, 2 * kCount, which, at);
+  emulator::wgmma_fence(at);
+  for (int i = 0; i < kFragments; ++i)
+    emulator::wgmma({static_cast<int>(kKind), columns, reinterpret_cast<uint32_t*>(&d[i][0]), a[i],
+                     b, accumulate},
+                    at);
+  emulator::wgmma_commit(at);
 }
 
 // ---- register budgets --------------------------------------------------------------------------------------------------

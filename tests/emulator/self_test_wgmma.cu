@@ -24,7 +24,7 @@ struct Product {
   int row, column;    // of the box
 };
 
-template <Wgmma kKind, int kN>
+template <Wgmma kKind, int kN, int kMost>
 __global__ void product_kernel(const Product p, const __grid_constant__ TensorMap b) {
   uint8_t* const box = dynamic_shared();
   auto* const full = reinterpret_cast<uint64_t*>(box + kN * kBoxBytes);
@@ -37,17 +37,22 @@ __global__ void product_kernel(const Product p, const __grid_constant__ TensorMa
   }
   ptx::sync_block();
   auto* const out = static_cast<WgmmaSum<kKind>*>(p.d) + thread * (kN / 2);
-  WgmmaSum<kKind> d[kN / 2];
-  uint32_t a[4][4];
-  for (int i = 0; i < kN / 2; ++i) d[i] = out[i];
-  for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = p.a[16 * thread + i];
+  WgmmaSum<kKind> d[1][kMost / 2];
+  uint32_t a[4][1][4];
+  for (int i = 0; i < kMost / 2; ++i) d[0][i] = i < kN / 2 ? out[i] : WgmmaSum<kKind>(i);
+  for (int i = 0; i < 16; ++i) a[i / 4][0][i % 4] = p.a[16 * thread + i];
   ptx::mbarrier_wait(full, 0);
-  ptx::wgmma_fence();
+  constexpr int number = columns_number(kKind == Wgmma::kS8, kMost, kN);
   for (int step = 0; step < 4; ++step)
-    ptx::wgmma<kKind, kN>(d, a[step], wgmma_swizzled(box + 32 * step), true);
-  ptx::wgmma_commit();
+    ptx::wgmma<kKind>(d, a[step], wgmma_swizzled(box + 32 * step), number, true);
   ptx::wgmma_wait<0>();
-  for (int i = 0; i < kN / 2; ++i) out[i] = d[i];
+  for (int i = 0; i < kMost / 2; ++i) {
+    if (i < kN / 2) {
+      out[i] = d[0][i];
+    } else if (d[0][i] != WgmmaSum<kKind>(i)) {
+      out[0] = WgmmaSum<kKind>(12345);  // registers of columns that are not there
+    }
+  }
 }
 
 // A small integer as an element.
@@ -75,7 +80,7 @@ uint32_t encode(Wgmma kind, bool is_b, int value) {
 
 // Sums are integers below 2^24: exact in any order. The matrix behind b is larger than a box on two sides, and ends inside it
 // on the others: outside are zeros.
-template <Wgmma kKind, int kN>
+template <Wgmma kKind, int kN, int kMost>
 void check_wgmma() {
   constexpr int bytes = kKind == Wgmma::kBf16 || kKind == Wgmma::kF16 ? 2 : 1;
   constexpr int per = 4 / bytes, depth = 32 / bytes, columns = 4 * depth;
@@ -124,11 +129,30 @@ void check_wgmma() {
   for (int order = 0; order < 4; ++order) {
     lowbit_emulator_set_orders(order < 2 ? order : 2, 0, static_cast<uint64_t>(order));
     auto got = d;
-    launch("wgmma", product_kernel<kKind, kN>, Grid{}, kGroup, kN * kBoxBytes + 8, nullptr,
+    launch("wgmma", product_kernel<kKind, kN, kMost>, Grid{}, kGroup, kN * kBoxBytes + 8, nullptr,
            Product{registers.data(), got.data(), kRow, kColumn}, map);
     for (size_t i = 0; i < got.size(); ++i)
       LOWBIT_CHECK(got[i] == wanted[i], "thread ", i / (kN / 2), ", register ", i % (kN / 2), ": ",
                    got[i], ", expected ", wanted[i]);
+  }
+}
+
+// What a kernel's instructions are numbered by: every number of columns that wgmma has, once.
+void check_columns() {
+  for (const bool integers : {false, true}) {
+    int last = 0;
+    for (const int most : {64, 128}) {
+      for (int number = 0; last < most; ++number) {
+        const int columns = numbered_columns(integers, most, number);
+        LOWBIT_CHECK(columns == last + (integers && last >= 32 ? 16 : 8), columns, " after ", last);
+        LOWBIT_CHECK(columns_number(integers, most, columns) == number, columns);
+        for (int tokens = last + 1; tokens <= columns; ++tokens)
+          LOWBIT_CHECK(columns_for(integers, most, tokens) == columns, tokens);
+        last = columns;
+      }
+    }
+    LOWBIT_CHECK(columns_for(integers, 128, 1) == (integers ? 80 : 72), "the fewest of 128");
+    LOWBIT_CHECK(columns_for(integers, 256, 1) == 256, "256 alone");
   }
 }
 
@@ -153,6 +177,7 @@ enum class Mistake {
   kNoProxyFence,
   kThreeWarps,
   kOtherOperand,
+  kWiderThanD,
   kOtherRegisters,
   kTooManyRegisters,
   kNoMeeting,
@@ -184,6 +209,14 @@ __device__ void produce(const Params& p, const TensorMap& b, uint64_t* full, uin
   }
 }
 
+// A wgmma by itself: its fence and its group are the caller's.
+void multiply(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
+              emulator::Site at = emulator::Site::here()) {
+  emulator::wgmma(
+      {static_cast<int>(Wgmma::kBf16), kN, reinterpret_cast<uint32_t*>(&d[0]), a, b, accumulate},
+      at);
+}
+
 // A wgmma per step, the next one's A made while it runs.
 __device__ void consume(const Params& p, uint64_t* full, uint64_t* empty, float (&d)[kN / 2]) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -193,14 +226,15 @@ __device__ void consume(const Params& p, uint64_t* full, uint64_t* empty, float 
     ptx::mbarrier_wait(full + s, static_cast<uint32_t>(step / kStages) % 2);
     for (int r = 0; r < 4; ++r)
       a[s][r] = ptx::pack_bf16x2(static_cast<float>((thread + r + step) % 7), 1.0f);
-    if (!p.has(Mistake::kNoFence) && !(p.has(Mistake::kFenceOnce) && step > 0)) ptx::wgmma_fence();
+    if (!p.has(Mistake::kNoFence) && !(p.has(Mistake::kFenceOnce) && step > 0))
+      emulator::wgmma_fence();
     const uint8_t* box = dynamic_shared() + s * kBox;
     if (p.has(Mistake::kPattern)) box += 128;
     if (p.has(Mistake::kPastEnd) && s == 1) box += 1024;
     if (p.has(Mistake::kOtherOperand) && thread / 32 == 2) box += 32;
     if (!(p.has(Mistake::kThreeWarps) && thread / 32 == 3 && step == kSteps - 1))
-      ptx::wgmma<Wgmma::kBf16, kN>(d, a[s], wgmma_swizzled(box), step > 0);
-    if (!p.has(Mistake::kNoCommit)) ptx::wgmma_commit();
+      multiply(d, a[s], wgmma_swizzled(box), step > 0);
+    if (!p.has(Mistake::kNoCommit)) emulator::wgmma_commit();
     if (p.has(Mistake::kWriteA) && step == 3) a[s][2] = 0;
     if (p.has(Mistake::kWriteD) && step == 3) d[5] += 1.0f;
     // The step before is done: its stage may be filled again.
@@ -250,13 +284,11 @@ __global__ void proxy_kernel(const Params p) {
   for (int i = thread; i < kBox / 4; i += kGroup) pairs[i] = ptx::pack_bf16x2(p.in[i % 100], 1.0f);
   if (!p.has(Mistake::kNoProxyFence)) ptx::fence_proxy_async();
   ptx::sync_block();
-  float d[kN / 2];
-  const uint32_t a[4] = {0x3f803f80u, 0x40003f80u, 0x3f804000u, 0x3f803f80u};
-  ptx::wgmma_fence();
-  ptx::wgmma<Wgmma::kBf16, kN>(d, a, wgmma_swizzled(pairs), false);
-  ptx::wgmma_commit();
+  float d[1][32];
+  const uint32_t a[1][4] = {{0x3f803f80u, 0x40003f80u, 0x3f804000u, 0x3f803f80u}};
+  ptx::wgmma<Wgmma::kBf16>(d, a, wgmma_swizzled(pairs), p.has(Mistake::kWiderThanD) ? 8 : 1, false);
   ptx::wgmma_wait<0>();
-  for (int i = 0; i < kN / 2; ++i) p.out[thread * (kN / 2) + i] = d[i];
+  for (int i = 0; i < kN / 2; ++i) p.out[thread * (kN / 2) + i] = d[0][i];
 }
 
 template <Mistake kMistake>
@@ -278,12 +310,13 @@ void ring(bool wrong, std::vector<float>& out) {
          Params{nullptr, out.data(), wrong ? kMistake : Mistake::kNone}, map);
 }
 
+template <Mistake kMistake>
 void proxy(bool wrong, std::vector<float>& out) {
   std::vector<float> in(100);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i % 13);
   out.assign(kGroup * kN / 2, 0.0f);
   launch("planted", proxy_kernel, Grid{}, kGroup, kBox, nullptr,
-         Params{in.data(), out.data(), wrong ? Mistake::kNoProxyFence : Mistake::kNone});
+         Params{in.data(), out.data(), wrong ? kMistake : Mistake::kNone});
 }
 
 void map_stride(bool wrong, std::vector<float>& out) {
@@ -309,9 +342,10 @@ const std::vector<Planted> kWgmmaPlanted = {
     {"misaligned_box", ring<Mistake::kBoxBehind>},
     {"missing_expect_of_a_box", ring<Mistake::kNoExpect>},
     {"missing_arrive_of_a_warp", ring<Mistake::kNoArrive>},
-    {"missing_proxy_fence", proxy},
+    {"missing_proxy_fence", proxy<Mistake::kNoProxyFence>},
     {"three_warps", ring<Mistake::kThreeWarps>},
     {"descriptors_differ", ring<Mistake::kOtherOperand>},
+    {"wider_than_its_registers", proxy<Mistake::kWiderThanD>},
     {"register_budgets_differ", ring<Mistake::kOtherRegisters>},
     {"too_many_registers", ring<Mistake::kTooManyRegisters>},
     {"missing_at_a_barrier", ring<Mistake::kNoMeeting>},
@@ -320,12 +354,16 @@ const std::vector<Planted> kWgmmaPlanted = {
 };
 
 const std::vector<Check> kWgmmaChecks = {
-    {"wgmma_bf16_16", check_wgmma<Wgmma::kBf16, 16>},
-    {"wgmma_bf16_256", check_wgmma<Wgmma::kBf16, 256>},
-    {"wgmma_f16_32", check_wgmma<Wgmma::kF16, 32>},
-    {"wgmma_e4m3_64", check_wgmma<Wgmma::kE4m3, 64>},
-    {"wgmma_e5m2_32", check_wgmma<Wgmma::kE5m2, 32>},
-    {"wgmma_s8_128", check_wgmma<Wgmma::kS8, 128>},
+    {"wgmma_bf16_16", check_wgmma<Wgmma::kBf16, 16, 64>},
+    {"wgmma_bf16_72", check_wgmma<Wgmma::kBf16, 72, 128>},
+    {"wgmma_bf16_256", check_wgmma<Wgmma::kBf16, 256, 256>},
+    {"wgmma_f16_40", check_wgmma<Wgmma::kF16, 40, 64>},
+    {"wgmma_e4m3_64", check_wgmma<Wgmma::kE4m3, 64, 64>},
+    {"wgmma_e5m2_8", check_wgmma<Wgmma::kE5m2, 8, 64>},
+    {"wgmma_s8_48", check_wgmma<Wgmma::kS8, 48, 64>},
+    {"wgmma_s8_112", check_wgmma<Wgmma::kS8, 112, 128>},
+    {"wgmma_s8_128", check_wgmma<Wgmma::kS8, 128, 128>},
+    {"wgmma_columns", check_columns},
 };
 
 }  // namespace lowbit::cuda

@@ -71,7 +71,8 @@ def gemm(kernel: str, spec: Spec, M: int, N: int, K: int, sms: int) -> Case:
 
 
 def gemm_cases(kernel: str) -> list[Case]:
-    tokens = tokens_of(kernel)
+    # Tiles of warpgroups are as wide as M: 40 and 72 tokens take fewer registers than there are.
+    tokens = {"hopper_matrix_m64": 40, "hopper_matrix_m128": 72}.get(kernel, tokens_of(kernel))
     rows = (tokens - 1, tokens, max(1, tokens - 5), tokens + 3 if "matrix" in kernel else 1, 2, 2)
     specs = (INT4, INT3, SMALL_GROUPS, TABLE, BLOCKS, TABLE)
     cases = [gemm(kernel, spec, M, *shape) for spec, M, shape in zip(specs, rows, SHAPES, strict=True)]

@@ -419,6 +419,14 @@ void wgmma(const WgmmaOperands& operands, Site at) {
   Lane lane{operands, at};
   meet(kWgmma, &lane, at);
 }
+int wgmma_columns(bool integers, int most, int number, Site at) {
+  const int columns = number < 0 ? 0 : cuda::numbered_columns(integers, most, number);
+  if (columns < 8 || columns > most)
+    fail_here(concat("wgmma number ", number, " of those for up to ", most, " columns"), at);
+  return columns;
+}
+void wgmma_fence(Site at) { meet(kFence, nullptr, at); }
+void wgmma_commit(Site at) { meet(kCommit, nullptr, at); }
 void wgmma_wait(int pending, Site at) {
   Wait wait{pending};
   meet(kWait, &wait, at);
@@ -447,12 +455,3 @@ void publish_to_async_proxy(Block& block) {
 }
 
 }  // namespace lowbit::emulator
-
-namespace lowbit::cuda::ptx {
-
-using namespace emulator;
-
-void wgmma_fence(Site at) { meet(kFence, nullptr, at); }
-void wgmma_commit(Site at) { meet(kCommit, nullptr, at); }
-
-}  // namespace lowbit::cuda::ptx

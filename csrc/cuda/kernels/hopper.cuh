@@ -121,7 +121,7 @@ class Producer {
                                    static_cast<uint32_t>(stage_.weights + strips * bytes(rows)));
 #pragma unroll
     for (int box = 0; box < boxes(kShape); ++box)
-      ptx::copy_box(to + box * box_bytes(kShape), x_, segment.tile_m * kShape.tokens,
+      ptx::copy_box(to + box * stage_.box, x_, segment.tile_m * stage_.tokens,
                     step * kTileK + box * (kBoxBytes / x_bytes(kShape)), full);
     for (int i = 0; i < strips; ++i)
       fetch(to + stage_.weights + i * stage_.strip, p_.w.data + (first + i) * p_.w.strip_bytes,
@@ -171,7 +171,8 @@ class Producer {
 
 // Who a consumer thread is.
 template <int kTile>
-struct Consumer {
+class Consumer {
+ public:
   static constexpr Tile kShape = kTiles[kTile];
   static constexpr int kFragments = box_fragments(kShape);  // of a warp
   static constexpr int kWarpRows = 16 * kFragments;
@@ -207,30 +208,34 @@ struct Consumer {
   template <int kCount>
   __device__ void store(const GemmParams& p, const Segment& segment, float* turned,
                         const float (&sums)[kFragments][kCount]) const {
-    constexpr int tokens = 16 / kFragments, pitch = kWarpRows + 4, lanes = kWarpRows / 8;
-    constexpr int blocks = tokens / 8;  // of 8 tokens, that are turned around at a time
+    constexpr int lanes = kWarpRows / 8;
     turned += warp * turned_floats(kFragments);
-    const int64_t m = int64_t{segment.tile_m} * kShape.tokens + lane / lanes;
+    const int64_t m = int64_t{segment.tile_m} * p.tokens + lane / lanes;
     const int first = 8 * (lane % lanes);
     const int64_t n = int64_t{segment.tile_n} * kShape.rows + warp * kWarpRows + first;
     if (!inside(n - first, p.w.N)) return;
     float bias[8];
     load_bias(p.y, n, p.w.N, bias);
-    const int g = lane / 4, t = lane % 4;
+#pragma unroll 1
+    for (int token = 0; token < p.tokens; token += kTurned) {
+      at_index<kShape.tokens / kTurned>(token / kTurned, [&](auto block) {
+        const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int b = 0; b < kShape.tokens / 8; b += blocks) {
-#pragma unroll
-      for (int j = 0; j < blocks * 4 * kFragments; ++j) {
-        const int r = j % 4, i = j / 4 % kFragments, block = j / 4 / kFragments;
-        turned[(8 * block + 2 * t + r % 2) * pitch + 16 * i + g + 8 * (r / 2)] =
-            sums[i][4 * (b + block) + r];
-      }
+        for (int j = 0; j < kTurned / 2 * kFragments; ++j) {
+          const int r = j % 4, i = j / 4 % kFragments, b = j / 4 / kFragments;
+          turned[(8 * b + 2 * t + r % 2) * kPitch + 16 * i + g + 8 * (r / 2)] =
+              sums[i][kTurned / 2 * block() + 4 * b + r];
+        }
+      });
       ptx::sync_warp();
-      if (inside(m + 8 * b, p.x.M))
-        store_row(p.y, m + 8 * b, n, p.w.N, turned + lane / lanes * pitch + first, bias);
+      if (inside(m + token, p.x.M))
+        store_row(p.y, m + token, n, p.w.N, turned + lane / lanes * kPitch + first, bias);
       ptx::sync_warp();
     }
   }
+
+ private:
+  static constexpr int kTurned = 16 / kFragments, kPitch = kWarpRows + 4;  // tokens at a time
 };
 
 // ---- all of it ---------------------------------------------------------------------------------------------------------
@@ -252,8 +257,9 @@ __device__ void run_warpgroups(const GemmParams& p, const BoxStage& stage, const
     for (Segment segment; share.next(segment);) {
       typename Work::Sums sums;
       work.multiply(segment, memory, place, sums);
+      FirstValues<Work::kFragments, Work::kCount> used{sums, p.tokens / 2};
       if (!segment.whole && !sum_segments<kConsumerThreads, kConsumerBarrier>(
-                                p.schedule, segment, blockIdx.x, sums, memory.elected))
+                                p.schedule, segment, blockIdx.x, used, memory.elected))
         continue;
       work.store(p, segment, memory.turned, sums);
     }
@@ -264,13 +270,13 @@ template <int kTile>
 void launch_warpgroups(void (*kernel)(GemmParams, BoxStage, TensorMap), const GemmParams& p,
                        Stream stream) {
   constexpr Tile tile = kTiles[kTile];
-  const BoxStage stage = box_stage(tile, p.w);
+  const BoxStage stage = box_stage(tile, p.tokens, p.w);
   const int64_t row_bytes = p.x.stride * x_bytes(tile);
   // Bytes were put in order, up to the end of rows that are whole. One row has no next one, and may have any stride.
   const int64_t columns = x_bytes(tile) == 1 ? p.x.stride : p.w.K;
   const Matrix matrix{p.x.data,      p.x.M,
                       columns,       p.x.M == 1 ? round_up(row_bytes, 16) : row_bytes,
-                      x_bytes(tile), tile.tokens};
+                      x_bytes(tile), p.tokens};
   launch(tile.name, kernel, Grid{static_cast<uint32_t>(p.schedule.blocks)}, kBlockThreads,
          box_shared_bytes(tile, stage, p.stages), stream, p, stage,
          make_tensor_map(tile.name, matrix));

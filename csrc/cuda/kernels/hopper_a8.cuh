@@ -30,11 +30,11 @@ namespace lowbit::cuda {
 template <class Math, Format kFormat, int kTile>
 class HopperA8 : public Consumer<kTile> {
   using Base = Consumer<kTile>;
-  using Base::kFragments, Base::lane, Base::release;
+  using Base::lane, Base::release;
 
  public:
-  static constexpr int kTokens = Base::kShape.tokens;
-  static constexpr int kCount = kTokens / 2;  // sums of a thread in a fragment
+  using Base::kFragments;
+  static constexpr int kCount = Base::kShape.tokens / 2;  // sums of a thread in a fragment
   using Words = CellWords<Planes<kFormat>::kWords>;
   using Part = WgmmaSum<Math::kKind>;
   using Parts = Part[kFragments][kCount];
@@ -50,7 +50,7 @@ class HopperA8 : public Consumer<kTile> {
   __device__ void multiply(const Segment& segment, const BlockMemory& memory, RingPlace& place,
                            Sums& sums) {
     for_each_value(sums, 0, [](float& v, int) { v = 0.0f; });
-    m0_ = segment.tile_m * kTokens;
+    m0_ = segment.tile_m * stage_.tokens;
     const int end = segment.last * kStepProducts;
     int product = segment.first * kStepProducts, group = group_at(product);
     const uint8_t* stage = wait_for(memory, place);
@@ -132,11 +132,7 @@ class HopperA8 : public Consumer<kTile> {
 
   __device__ void issue(const uint8_t* stage, int product, Parts& parts, bool accumulate) {
     const uint8_t* const x = stage + product % kStepProducts * 32;
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kFragments; ++i)
-      ptx::wgmma<Math::kKind, kTokens>(parts[i], a_[i], wgmma_swizzled(x), accumulate);
-    ptx::wgmma_commit();
+    ptx::wgmma<Math::kKind>(parts, a_, wgmma_swizzled(x), stage_.columns, accumulate);
   }
 
   // sums += parts * scale of the row's group (* scale of the token's). `step` is the last that parts hold.
@@ -148,10 +144,14 @@ class HopperA8 : public Consumer<kTile> {
       const float2 scale =
           load_two(rows.scales, 8 * (lane / 4) + 2 * i, p_.w.scale_dtype, is_block<kFormat>(p_.w));
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        float value = static_cast<float>(parts[i][j]);
-        if (by_group) value = ptx::mul_rn(value, x_scale(j, step));
-        sums[i][j] = ptx::fma_rn(value, j % 4 < 2 ? scale.x : scale.y, sums[i][j]);
+      for (int first = 0; first < kCount; first += 4) {
+        if (2 * first >= stage_.tokens) continue;  // a narrower tile
+#pragma unroll
+        for (int j = first; j < first + 4; ++j) {
+          float value = static_cast<float>(parts[i][j]);
+          if (by_group) value = ptx::mul_rn(value, x_scale(j, step));
+          sums[i][j] = ptx::fma_rn(value, j % 4 < 2 ? scale.x : scale.y, sums[i][j]);
+        }
       }
     }
   }

@@ -20,14 +20,16 @@ namespace lowbit::cuda {
 template <Format kFormat, class T, int kTile>
 class HopperMatrix : public Consumer<kTile> {
   using Base = Consumer<kTile>;
-  using Base::kFragments, Base::lane, Base::release;
+  using Base::lane, Base::release;
 
  public:
-  static constexpr int kTokens = Base::kShape.tokens;
+  using Base::kFragments;
+  static constexpr int kCount = Base::kShape.tokens / 2;  // sums of a thread in a fragment
   static constexpr Wgmma kKind = T::kMantissaBits == 7 ? Wgmma::kBf16 : Wgmma::kF16;
   using Words = typename Codec<kFormat>::Words;
-  using Sums = float[kFragments][kTokens / 2];
+  using Sums = float[kFragments][kCount];
   static constexpr int kBoxCells = kTileCells / boxes(Base::kShape);
+  static constexpr int kPieces = 2 * kCellK / 16;  // of 16 bytes, in a token's cell
 
   __device__ HopperMatrix(const GemmParams& p, const BoxStage& stage)
       : p_(p),
@@ -41,27 +43,26 @@ class HopperMatrix : public Consumer<kTile> {
                            Sums& sums) {
     group_ = -1;
     if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
-    int before = -1;  // the stage of the step before, which wgmma may still read
+    for_each_value(sums, 0, [](float& v, int) { v = 0.0f; });
+    uint64_t* before = nullptr;  // the barrier of the step before, whose stage wgmma may still read
     for (int step = segment.first; step < segment.last; ++step) {
       ptx::mbarrier_wait(memory.full + place.slot, place.parity);
-      multiply_step(dynamic_shared() + place.slot * stage_.bytes, step, step == segment.first,
-                    before < 0 ? nullptr : memory.empty + before, sums);
-      before = place.slot;
+      multiply_step(dynamic_shared() + place.slot * stage_.bytes, step, before, sums);
+      before = memory.empty + place.slot;
       place.advance(p_.stages);
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
 #pragma unroll
-      for (int j = 0; j < kTokens / 2; ++j) ptx::wgmma_pin(sums[i][j]);
+      for (int j = 0; j < kCount; ++j) ptx::wgmma_pin(sums[i][j]);
     }
-    release(memory.empty + before);
+    release(before);
   }
 
  private:
   // Cells past K are multiplied like others: their codes are zero, and so is x.
-  __device__ void multiply_step(const uint8_t* stage, int step, bool is_first, uint64_t* before,
-                                Sums& sums) {
+  __device__ void multiply_step(const uint8_t* stage, int step, uint64_t* before, Sums& sums) {
     const uint8_t* const strip = stage + stage_.weights + Base::strip() * stage_.strip;
     const uint8_t* const codes = strip + 4 * Base::fragment();
     const int first_group = group_of_(step * kTileCells);
@@ -69,29 +70,29 @@ class HopperMatrix : public Consumer<kTile> {
     if (first_group != group_) load_group(rows, first_group);
     Words words;
     load_cell<kFormat, kTileCells, kFragments>(codes, 0, lane, words);
+    uint64_t x = wgmma_swizzled(stage);
+    const int next_box = stage_.box / 16 - (kBoxCells - 2) * kPieces;
+    bool releases = before != nullptr;
+    // Two at a time: a_ has two halves, which are to be registers.
 #pragma unroll 1
-    for (int first = 0; first < kTileCells; first += kBoxCells) {
-      const uint8_t* const x = stage + first / kBoxCells * box_bytes(Base::kShape);
+    for (int first = 0; first < kTileCells; first += 2) {
 #pragma unroll
-      for (int j = 0; j < kBoxCells; ++j) {
+      for (int j = 0; j < 2; ++j) {
         if (group_ends_) {
           const int cell = step * kTileCells + first + j;
           const int group = group_of_(inside(cell, cells_) ? cell : cells_ - 1);
           rows = this->template rows_of<kFormat>(p_.w, stage_, strip, group - first_group);
           if (group != group_) load_group(rows, group);
         }
-        decode(words, rows, a_[j % 2]);
+        decode(words, rows, a_[j]);
         if (inside(first + j + 1, kTileCells))
           load_cell<kFormat, kTileCells, kFragments>(codes, first + j + 1, lane, words);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < kFragments; ++i)
-          ptx::wgmma<kKind, kTokens>(sums[i], a_[j % 2][i], wgmma_swizzled(x + 32 * j),
-                                     j > 0 || first > 0 || !is_first);
-        ptx::wgmma_commit();
+        ptx::wgmma<kKind>(sums, a_[j], x + j * kPieces, stage_.columns, true);
         ptx::wgmma_wait<1>();
-        if (j == 0 && first == 0 && before != nullptr) release(before);
+        if (j == 0 && releases) release(before);
       }
+      releases = false;
+      x += static_cast<uint64_t>(first + 2 == kBoxCells ? next_box : 2 * kPieces);
     }
   }
 
@@ -150,9 +151,7 @@ void start_hopper_matrix(const GemmParams& p, Stream stream) {
   });
 }
 
-inline constexpr int kHopperMatrixM16 = tile_index("hopper_matrix_m16"),
-                     kHopperMatrixM32 = tile_index("hopper_matrix_m32"),
-                     kHopperMatrixM64 = tile_index("hopper_matrix_m64"),
+inline constexpr int kHopperMatrixM64 = tile_index("hopper_matrix_m64"),
                      kHopperMatrixM128 = tile_index("hopper_matrix_m128"),
                      kHopperMatrixM256 = tile_index("hopper_matrix_m256");
 
@@ -163,11 +162,7 @@ void run_hopper_matrix(const GemmParams& p, int tile, Stream stream);
 #define LOWBIT_INSTANTIATE_HOPPER_MATRIX(format)                                 \
   template <>                                                                    \
   void run_hopper_matrix<format>(const GemmParams& p, int tile, Stream stream) { \
-    if (tile == kHopperMatrixM16) {                                              \
-      start_hopper_matrix<format, kHopperMatrixM16>(p, stream);                  \
-    } else if (tile == kHopperMatrixM32) {                                       \
-      start_hopper_matrix<format, kHopperMatrixM32>(p, stream);                  \
-    } else if (tile == kHopperMatrixM64) {                                       \
+    if (tile == kHopperMatrixM64) {                                              \
       start_hopper_matrix<format, kHopperMatrixM64>(p, stream);                  \
     } else if (tile == kHopperMatrixM128) {                                      \
       start_hopper_matrix<format, kHopperMatrixM128>(p, stream);                 \
