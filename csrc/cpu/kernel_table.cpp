@@ -112,8 +112,10 @@ bool refuse_planes(const Problem& p, const CpuTile16& tile, const IsaKernels& is
 }
 
 // Bytes take twice the instructions of narrower codes to look up, for every four rows: fp8 0.93 of panel_bf16's time at M = 16,
-// 1.17 at M = 32 (Zen 4). Of narrower codes it is 0.82 .. 0.91 at M = 32 and 0.92 .. 1.01 at M = 128.
-constexpr int64_t kStreamByteRows = 16;
+// 1.17 at M = 32 (Zen 4). Zeros take some more: 0.92 at M = 32, 1.05 at 128. All else is 0.82 .. 0.91 at M = 32 and 0.92 .. 1.01 at
+// M = 128. Offsets too, (q - r) * s + rest as in zeros-inl.h, were 0.82 .. 0.86 of planes_i8's time at M = 4 and 16, but where q = r an
+// infinite x then gives no infinity.
+constexpr int64_t kStreamByteRows = 16, kStreamZeroRows = 64;
 
 bool refuse_stream_bf16(const Problem& p, const CpuTile16& tile, const IsaKernels& isa,
                         const Why& why) {
@@ -124,12 +126,14 @@ bool refuse_stream_bf16(const Problem& p, const CpuTile16& tile, const IsaKernel
   if (p.desc.zero_kind != ZeroKind::kNone &&
       !(p.desc.zero_kind == ZeroKind::kInt && format.bits == 4))
     return why(format.name, " weights with zeros=", name_of(p.desc.zero_kind), " have no table");
-  if (format.bits == 8) {
-    if (format.is_integer) return why("digits of x times ", format.name, " are faster");
-    if (any_m) return why("batch_invariant is set, and other kernels are faster at large M");
-    if (p.M > kStreamByteRows)
-      return why("M=", p.M, ": decoding to a panel is faster from M=", kStreamByteRows + 1);
-  }
+  if (format.bits == 8 && format.is_integer)
+    return why("digits of x times ", format.name, " are faster");
+  const int64_t most = format.bits == 8                     ? kStreamByteRows
+                       : p.desc.zero_kind == ZeroKind::kInt ? kStreamZeroRows
+                                                            : kNever;
+  if (most != kNever && any_m)
+    return why("batch_invariant is set, and other kernels are faster at large M");
+  if (p.M > most) return why("M=", p.M, ": decoding to a panel is faster from M=", most + 1);
   // By digits one row of int2 takes 0.96 of the time and one of int3 0.90, two rows 1.07 and 1.00 (Zen 4).
   if (format.bits <= 3 && p.M == 1 && !any_m && !refuse_planes(p, tile, isa, Why()))
     return why("M=1: digits of x times ", format.name, " are faster");
