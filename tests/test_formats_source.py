@@ -79,7 +79,9 @@ def test_a_broken_index(tmp_path: Path, weight_map: dict[str, object], message: 
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no such folder"):
+    with pytest.raises(ArtifactError, match=r"acme/tiny-7B\.v2: no such folder; .*: hf download acme/tiny-7B\.v2$"):
+        next(iter(formats.read("acme/tiny-7B.v2")))
+    with pytest.raises(ArtifactError, match=r"no such folder$"):
         records(tmp_path / "nothing")
     with pytest.raises(ArtifactError, match=r"no \*\.safetensors files"):
         records(tmp_path)

@@ -117,6 +117,9 @@ def test_presets_are_canonical_and_work(text: str) -> None:
     [
         ("int9", "unknown format 'int9'"),
         ("", "unknown format ''"),
+        ("int4_g128", "unknown format 'int4_g128'; .*; did you mean 'int4-g128'[?]"),
+        ("in4-g128", "unknown format 'in4'; .*; did you mean 'int4'[?]"),
+        ("q4_k_m", "unknown format 'q4_k_m'; the formats are [^;]*$"),
         ("int4-g12", "group_size=12 is neither -1 nor a positive multiple of 8"),
         ("int4-g0", "group_size=0"),
         ("int4-g999999999", "multiple of 8"),

@@ -300,6 +300,7 @@ def test_what_does_not_fit_is_refused_before_loading(dense: Path, arguments: dic
         ({"scheme": "int4-x"}, "'int4-x'"),
         ({"scheme": "int4", "overrides": {"*": "int9"}}, "int9"),
         ({"scheme": "int4", "from_checkpoint": True}, "do not go with it"),
+        ({"scheme": "int4", "modules_to_not_convert": "lm_head"}, "is a list of names, got 'lm_head'"),
     ],
 )
 def test_configs_that_mean_nothing(arguments: dict[str, Any], message: str) -> None:

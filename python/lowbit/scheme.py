@@ -37,6 +37,7 @@ canonical: names where there are any, options in the order above and defaults le
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 import re
@@ -125,8 +126,10 @@ def format_info(name: str) -> FormatInfo:
     """
     info = _formats().get(_ALIASES.get(name, name))
     if info is None:
-        known = ", ".join(_SHORT.get(n, n) for n in _formats())
-        raise ValueError(f"unknown format {name!r}; the formats are {known}")
+        known = [_SHORT.get(n, n) for n in _formats()]
+        near = difflib.get_close_matches(name.replace("_", "-"), [*known, *PRESETS], 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown format {name!r}; the formats are {', '.join(known)}{meant}")
     return info
 
 

@@ -27,6 +27,7 @@ _WEIGHT_SUFFIXES: Final = (
     ".safetensors", _INDEX, ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".npz", ".pkl", ".tflite",
 )  # fmt: skip
+_HUB: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 _MAX_JSON: Final = 256 << 20
 
 
@@ -125,7 +126,9 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
 
 def _weight_files(root: Path) -> tuple[list[str], dict[str, str]]:
     if not root.is_dir():
-        raise ArtifactError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+        hub = not root.exists() and _HUB.fullmatch(str(root))
+        hint = f"; a model of the Hugging Face Hub is downloaded first: hf download {root}" if hub else ""
+        raise ArtifactError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}{hint}")
     entries = sorted(entry.name for entry in os.scandir(root))
     indexes = [name for name in entries if name.endswith(_INDEX)]
     if len(indexes) > 1:

@@ -93,6 +93,8 @@ class LowbitConfig(QuantizationConfigMixin):
             raise ValueError(
                 "from_checkpoint=True runs a checkpoint as it is: a scheme and overrides do not go with it"
             )
+        if isinstance(modules_to_not_convert, str):
+            raise ValueError(f"modules_to_not_convert is a list of names, got {modules_to_not_convert!r}")
         # Everything in __dict__ is JSON: Transformers copies, prints and writes it.
         self.quant_method = METHOD
         self.scheme = None if scheme is None else str(Scheme.parse(scheme))
