@@ -146,6 +146,14 @@ def test_routers_are_left_alone(tmp_path: Path) -> None:
     assert sorted(layers_of(tmp_path / "all")) == sorted([*others, "h.0.moe.gate", "h.1.moe.gate"])
 
 
+def test_weights_that_models_use_directly_are_left_alone(tmp_path: Path) -> None:
+    direct = ["encoder.block.0.layer.1.DenseReluDense.wo", "backbone.layers.0.mixer.dt_proj"]
+    others = ["backbone.layers.0.mixer.in_proj", "encoder.block.0.layer.1.DenseReluDense.wi"]
+    source = write_checkpoint(tmp_path / "model", {f"{name}.weight": torch.randn(8, 32) for name in direct + others})
+    assert quantize(source, tmp_path / "out", "--quiet") == 0
+    assert sorted(layers_of(tmp_path / "out")) == others
+
+
 def test_gpt2_is_known_by_its_config(tmp_path: Path) -> None:
     tensors = {"h.0.attn.c_proj.weight": torch.randn(32, 32), "h.0.fc.weight": torch.randn(32, 32)}
     source = write_checkpoint(tmp_path / "model", tensors, config={"model_type": "gpt2"})

@@ -408,3 +408,43 @@ def test_routers_are_left_alone() -> None:
     assert [layer.name for layer in report.layers] == ["0.gate", "0.router.classifier", *names]
     plain = nn.Sequential(nn.ModuleDict({"gate": nn.Linear(64, 64)}))  # no experts: a gate of another kind
     assert [layer.name for layer in quantize_(plain, "int8").layers] == ["0.gate"]
+
+
+class Direct(nn.Module):
+    """Uses of a layer's weight past the layer, as in T5, Mamba and DETR, and others that do no harm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("wo", "dt_proj", "k_proj", "harmless", "called"):
+            setattr(self, name, nn.Linear(64, 64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.called.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.called(x).to(self.harmless.weight.device)
+        x = self.wo(x.to(self.wo.weight.dtype)) + self.harmless(x)
+        return self.inner(x) @ self.dt_proj.weight
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.k_proj.weight, self.k_proj.bias)
+
+
+def test_weights_that_are_used_without_the_layer() -> None:
+    model = nn.Sequential(Direct(), nn.TransformerEncoderLayer(64, 4, 64, batch_first=True))
+    report = quantize_(model, "int8")
+    names = ["0.harmless", "0.called", "1.linear1", "1.linear2"]
+    assert [layer.name for layer in report.layers] == names
+    assert model[0](torch.randn(2, 64)).shape == (2, 64)
+    with pytest.raises(ValueError, match="would be left unquantized"):
+        quantize_(nn.Sequential(Large()), "int8", strict=True)
+
+
+class Large(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.wo = nn.Linear(8, 8), nn.Linear(512, 512)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wo(self.fc(x).to(self.wo.weight.dtype))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ __all__ = [
     "router_shape",
     "routes",
     "tied_linears",
+    "used_directly",
 ]
 
 # What Transformers calls the weights of experts, in the order that they are applied.
@@ -137,6 +141,43 @@ def routes(name: str, mixes: Callable[[str], bool]) -> bool:
     """
     parts = name.split(".")
     return any(_ROUTER.fullmatch(part) and mixes(".".join(parts[:i])) for i, part in enumerate(parts))
+
+
+# self.wo.weight, but for what a packed weight can answer too, and slices, which are for weights cut by hand; and casts to its
+# dtype.
+_USE = re.compile(
+    r"self\.(\w+)\.weight\b(?!\[|\.(?:device|dtype|shape|size|_))"
+    r"|\b(?:to|type)\((?:dtype=)?self\.(\w+)\.weight\.dtype\)"
+)
+_SETUP = re.compile(r"__init__|_?(?:init|reset|tie|set|get)_.*")
+
+
+def used_directly(model: nn.Module, path: str) -> bool:
+    """Whether the module around a layer uses its weight without calling it, which is not possible with a packed one.
+
+    T5 casts x to the dtype of `self.wo.weight`, Mamba multiplies by `self.dt_proj.weight`: what methods do stands in their
+    source.
+    """
+    parent, _, name = path.rpartition(".")
+    kind: Any = type(model.get_submodule(parent))  # Any: for mypy the class of a Module is not hashable
+    return name in _uses(kind)
+
+
+@functools.cache
+def _uses(kind: type) -> frozenset[str]:
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, method in vars(base).items():
+            if not inspect.isfunction(method) or _SETUP.fullmatch(name):
+                continue
+            try:
+                source = inspect.getsource(method)
+            except (OSError, TypeError):  # made without a file
+                continue
+            found.update(*(match.groups() for match in _USE.finditer(source)))
+    return frozenset(found - {None})
 
 
 def mixtures_in(model: nn.Module) -> set[str]:

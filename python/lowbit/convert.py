@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from lowbit._canonical import check_dense, check_importance
 from lowbit._packed import PackedModule
-from lowbit._places import ExpertsParameter, experts_parameters, mixtures_in, replace_module, routes, tied_linears
+from lowbit._places import (
+    ExpertsParameter,
+    experts_parameters,
+    mixtures_in,
+    replace_module,
+    routes,
+    tied_linears,
+    used_directly,
+)
 from lowbit._progress import progress_bar
 from lowbit.embedding import QuantizedEmbedding, check_embedding
 from lowbit.experts import ExpertWeights, QuantizedExperts
@@ -73,11 +81,12 @@ def quantize_(
 
     Every nn.Linear becomes a `QuantizedLinear`, but for: output layers (called lm_head, embed_out, or returned by
     get_output_embeddings()), routers of a mixture of experts (called gate or router, beside `experts`), layers whose weight
-    is tied to another module's, subclasses of nn.Linear, and what `filter_fn` or `overrides` exclude. Where a Transformers
-    model keeps the weights of a mixture's experts in a Parameter [E, N, K], that becomes a `QuantizedExperts`; it is a layer
-    by the Parameter's name. Everything is checked before the first layer is changed. Dense weights are freed one by one, so
-    the peak is about one layer above the model. An nn.Embedding becomes a `QuantizedEmbedding` where an override names it,
-    and a tied output layer then shares its weight.
+    is tied to another module's, or used by the module around them without calling them (T5's `wo`), subclasses of nn.Linear,
+    and what `filter_fn` or `overrides` exclude. Where a Transformers model keeps the weights of a mixture's experts in a
+    Parameter [E, N, K], that becomes a `QuantizedExperts`; it is a layer by the Parameter's name. Everything is checked
+    before the first layer is changed. Dense weights are freed one by one, so the peak is about one layer above the model.
+    An nn.Embedding becomes a `QuantizedEmbedding` where an override names it, and a tied output layer then shares its
+    weight.
 
     Args:
         model: its linear weights are fp32, bf16 or fp16. If it is itself an nn.Linear, put it into a module first.
@@ -153,6 +162,8 @@ def _plan(
             plan.reasons[name] = ("an output layer; name it in overrides to quantize it", False)
         elif routes(name, mixtures.__contains__):
             plan.reasons[name] = ("routes to experts; name it in overrides to quantize it", False)
+        elif isinstance(module, nn.Linear) and used_directly(model, name):
+            plan.reasons[name] = ("the module around it uses its weight directly", False)
         elif filter_fn is not None and not filter_fn(name, _layer(module)):
             plan.reasons[name] = ("filter_fn returned False", True)
         else:

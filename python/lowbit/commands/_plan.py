@@ -33,6 +33,8 @@ _EMBEDDING = re.compile(
 )
 # Families whose linear layers are transformers' Conv1D: W is stored as [K, N], and no shape tells when it is square.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# T5 casts x to the dtype of this weight, Mamba multiplies by that one: quantize_ finds such layers in the models' source.
+_DIRECT = re.compile(r".*\.(?:DenseReluDense\.wo|mixer\.dt_proj|mamba\.dt_proj)")
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
@@ -85,7 +87,9 @@ def make_plan(
             if pattern == module:
                 raise ValueError(f"override {pattern!r} asks for {chosen}, but {module}: {unsuited}")
             reasons[module] = (unsuited, False)
-        elif chosen is None and (reason := judge.output_layer(module) or judge.router(module)):
+        elif chosen is None and (
+            reason := judge.output_layer(module) or judge.router(module) or judge.used_directly(module)
+        ):
             reasons[module] = (f"{reason}; name it in an override to quantize it", False)
         else:
             schemes[module] = _fitting(module, chosen or scheme, tensors[f"{module}.weight"])
@@ -147,6 +151,10 @@ class _Judge:
         if self._tensors[f"{module}.weight"].shape in self._vocabularies:
             return "an output layer, by its shape, which is that of the embedding"
         return None
+
+    def used_directly(self, module: str) -> str | None:
+        """Why a linear layer is taken for one whose weight the model uses without calling it, or None."""
+        return "the model uses it directly, by its name" if _DIRECT.fullmatch(module) else None
 
     def router(self, module: str) -> str | None:
         """Why a linear layer is taken for one that chooses experts, or None."""
