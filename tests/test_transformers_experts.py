@@ -212,6 +212,34 @@ def test_experts_that_are_kept_one_by_one(kind: str, family: str, tmp_path: Path
     assert torch.equal(logits(report.model.eval()), logits(model))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])  # w1, w2, w3 in a block_sparse_moe; gate, up, down_proj
+def test_compared_and_converted_expert_by_expert(family: str, tmp_path: Path) -> None:
+    folder = dense(tmp_path, family)
+    asked = lowbit.LowbitConfig("int4-g32", overrides={"*.experts.down_proj": "int8-g32"})
+    model = load(folder, quantization_config=asked, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    found = lowbit.compare_checkpoints(folder, tmp_path / "saved")
+    assert not found.only_a and not found.only_b and not found.different
+    stored = {name.removesuffix(".weight") for name in load_file(folder / "model.safetensors") if ".experts." in name}
+    errors = {layer.name: layer.relative_error for layer in found.layers}
+    assert len(stored) == 2 * 4 * 3 and stored < errors.keys()
+    report = lowbit.convert_checkpoint(tmp_path / "saved", tmp_path / "ct", "compressed-tensors")
+    assert {layer.name: layer.relative_error for layer in report.layers} == dict.fromkeys(errors, 0.0)
+    again = load(tmp_path / "ct", quantization_config=lowbit.LowbitConfig(from_checkpoint=True), dtype=torch.float32)
+    assert torch.equal(logits(again), logits(model))
+    lowbit.save_quantized(model, tmp_path / "artifact")
+    other = lowbit.compare_checkpoints(tmp_path / "ct", tmp_path / "artifact")
+    alike = [layer for layer in other.layers if ".experts." in layer.name]
+    assert all(layer.relative_error == 0 for layer in alike) and len(alike) == (24 if family == "qwen3_moe" else 0)
+
+
+def test_experts_whose_rows_alternate_are_not_taken_apart(tmp_path: Path) -> None:
+    model = load(dense(tmp_path, "gpt_oss"), quantization_config=lowbit.LowbitConfig("int8"), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ArtifactError, match=r"experts\.down_proj: holds the weights of experts in an order that no other"):
+        lowbit.convert_checkpoint(tmp_path / "saved", tmp_path / "ct", "compressed-tensors")
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # the second with a bias
 def test_routers_that_a_checkpoint_has_quantized(family: str, tmp_path: Path) -> None:
     """Libraries that see an nn.Linear in them quantize routers, which have a Parameter of their own here: it stays dense."""

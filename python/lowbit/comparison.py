@@ -17,7 +17,8 @@ from lowbit._outputs import OutputComparison, compare_outputs, load_model
 from lowbit._progress import progress_bar
 from lowbit._weight_error import weight_error
 from lowbit.errors import ArtifactError
-from lowbit.formats._contents import EXPERTS, open_artifact, open_dense, source_kind
+from lowbit.formats._contents import open_artifact, open_dense, source_kind
+from lowbit.formats._experts import take_apart
 from lowbit.formats._record import LinearRecord, PlannedTensor
 from lowbit.formats._registry import open_plan
 from lowbit.formats._writer import Contents
@@ -193,9 +194,7 @@ def _open(path: Path) -> Iterator[_Side]:
     with contextlib.ExitStack() as stack:
         if kind == "checkpoint":
             plan, _ = stack.enter_context(open_plan(path))
-            for name, layer in plan.layers.items():
-                if len(layer.shape) == 3:
-                    raise plan.fail(f"{name}: {EXPERTS}")
+            plan = take_apart(plan)
 
             def reader(name: str) -> Callable[[], QuantizedWeight]:
                 def read() -> QuantizedWeight:

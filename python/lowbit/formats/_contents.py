@@ -16,21 +16,21 @@ from lowbit._progress import Advance
 from lowbit._safetensors import SafetensorsFile
 from lowbit.commands._plan import Override, make_plan
 from lowbit.errors import ArtifactError
+from lowbit.experts import ExpertWeights
+from lowbit.formats._experts import ExpertRows, expert_rows, take_apart
 from lowbit.formats._record import LinearRecord, Plan, PlannedTensor
 from lowbit.formats._registry import FORMATS, _container, open_plan
 from lowbit.formats._settings import quantization_settings
-from lowbit.formats._source import Source, open_source, read_json
+from lowbit.formats._source import Source, natural, open_source, read_json
 from lowbit.formats._writer import Contents, LayerSpec, PlannedLayer
 from lowbit.importance import check_columns
 from lowbit.scheme import Scheme
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["EXPERTS", "Choice", "open_artifact", "open_contents", "open_dense", "source_kind"]
+__all__ = ["Choice", "open_artifact", "open_contents", "open_dense", "source_kind"]
 
 #: What a config says of how the source is quantized, and what is therefore not part of the model's own config.
 _QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config", "quantization")
-#: Why experts that are kept in one tensor are not converted and not compared.
-EXPERTS: Final = "holds the weights of experts in one tensor, which is loaded, but not converted or compared"
 _INPUTS: Final = ("bias", "input_scale", "input_zero", "input_pre_scale")
 
 
@@ -118,10 +118,8 @@ def _reader(source: Source, name: str) -> Callable[[], Tensor]:
 
 
 def _survey(plan: Plan, path: Path, advance: Advance) -> Contents:
-    layers = {}
+    plan, layers = take_apart(plan), {}
     for name, planned in plan.layers.items():
-        if len(planned.shape) == 3:
-            raise plan.fail(f"{name}: {EXPERTS}")
         record = plan.read(name)
         assert isinstance(record, LinearRecord)
         read = functools.partial(_read_again, plan, name)
@@ -164,7 +162,18 @@ def _artifact_contents(root: Path, advance: Advance, verify: bool) -> Iterator[C
         def read(name: str) -> Tensor:
             return files[manifest.tensors[name][0]].read(name)
 
-        layers = {name: _artifact_layer(manifest, name, read) for name in manifest.layers}
+        @functools.lru_cache(maxsize=3)  # of one module: layers are read in the order of their names
+        def experts(name: str) -> ExpertWeights:
+            layer = manifest.layers[name]
+            parts = {full.rpartition("weight_")[2]: read(full) for full in layer.specs(name)}
+            return ExpertWeights.from_tensors(parts, layer.scheme, layer.shape)
+
+        layers: dict[str, PlannedLayer] = {}
+        for name, layer in manifest.layers.items():
+            if len(layer.shape) == 3:
+                layers |= _artifact_experts(manifest, name, experts)
+            else:
+                layers[name] = _artifact_layer(manifest, name, read)
         beside = {f"{name}.{leaf}" for name in layers for leaf in _INPUTS}
         tensors = {
             name: PlannedTensor(_safetensors._DTYPES[dtype], shape, functools.partial(read, name))
@@ -177,10 +186,30 @@ def _artifact_contents(root: Path, advance: Advance, verify: bool) -> Iterator[C
         yield Contents(str(root), layers, tensors, config, has_root, manifest.aliases, manifest.layer_aliases)
 
 
+def _artifact_experts(
+    manifest: _artifact.Manifest, name: str, experts: Callable[[str], ExpertWeights]
+) -> dict[str, PlannedLayer]:
+    """A layer for each expert."""
+    layer = manifest.layers[name]
+    try:
+        parts = expert_rows(name, layer.shape, manifest.tensors)
+    except ValueError as error:
+        raise ArtifactError(f"{manifest.directory}: {name}: {error}") from None
+    nbytes = sum(_safetensors.TensorInfo(*want).nbytes for want in layer.specs(name).values()) // len(parts)
+
+    def read(part: ExpertRows) -> tuple[LinearRecord, QuantizedWeight]:
+        weight = part.of(experts(name))
+        return LinearRecord(weight), weight
+
+    def planned(part: ExpertRows) -> PlannedLayer:
+        spec = LayerSpec(layer.scheme, (part.end - part.begin, layer.shape[-1]), layer.has_perm)
+        return PlannedLayer(spec, str(layer.scheme), nbytes, functools.partial(read, part))
+
+    return {part.name: planned(part) for part in sorted(parts, key=lambda part: natural(part.name))}
+
+
 def _artifact_layer(manifest: _artifact.Manifest, name: str, read: Callable[[str], Tensor]) -> PlannedLayer:
     layer = manifest.layers[name]
-    if len(layer.shape) == 3:
-        raise ArtifactError(f"{manifest.directory}: {name}: {EXPERTS}")
     beside = {}
     for leaf in _INPUTS:
         full = f"{name}.{leaf}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from torch import nn
@@ -13,7 +15,7 @@ from lowbit.experts import ExpertWeights, QuantizedExperts
 from lowbit.formats._record import ExpertsRecord, LinearRecord, Plan, PlannedLinear
 from lowbit.weight import QuantizedWeight
 
-__all__ = ["Groups", "experts_shape", "join", "known_groups", "with_experts"]
+__all__ = ["ExpertRows", "Groups", "expert_rows", "experts_shape", "join", "known_groups", "take_apart", "with_experts"]
 
 #: Name of the joined layer -> for each part along N, the layers of experts 0, 1, ...
 Groups = Mapping[str, Sequence[Sequence[str]]]
@@ -26,6 +28,83 @@ _PARTS: Final = {
 _EXPERT: Final = re.compile(rf"(.{{1,500}}\.)experts\.([0-9]{{1,6}})\.({'|'.join(_PARTS)})")
 # Where gate and up have a tensor each, of all experts: MLX.
 _SWITCH: Final = re.compile(r"(.{1,500}\.)switch_mlp\.(gate_proj|up_proj|down_proj)")
+
+# The other way: what holds a layer of all experts, and the layers of one expert whose rows it has.
+_WHOLE: Final = re.compile(r"(.{1,500}\.)(?:experts|switch_mlp)\.(gate_up_proj|gate_proj|up_proj|down_proj)")
+_LEAVES: Final = {"gate_up_proj": ("gate_proj", "up_proj")}
+_MIXTRAL: Final = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertRows:
+    """A layer of one expert, as the rows of a weight of all experts: name, expert, rows [begin, end)."""
+
+    name: str
+    expert: int
+    begin: int
+    end: int
+
+    def of(self, weight: ExpertWeights) -> QuantizedWeight:
+        """The layer's weight; ValueError where it cannot be cut out."""
+        mine = weight[self.expert]
+        return mine if self.end - self.begin == mine.N else mine.rows(self.begin, self.end)
+
+
+def expert_rows(name: str, shape: Sequence[int], tensors: Container[str]) -> list[ExpertRows]:
+    """The layers of single experts that a weight of all experts stands for, by the names that checkpoints on the hub have.
+
+    Args:
+        name: "....experts.gate_up_proj", which becomes "....experts.0.gate_proj" (w1 in a block_sparse_moe), and so on.
+        shape: (E, N, K).
+        tensors: names of the others. A bias beside it says that gate and up projection alternate (gpt-oss).
+
+    Raises:
+        ValueError: they do, or the name is not known.
+    """
+    match = _WHOLE.fullmatch(name)
+    leaves = () if match is None else _LEAVES.get(match[2], (match[2],))
+    if match is None or f"{name}_bias" in tensors or shape[1] % len(leaves):
+        raise ValueError("holds the weights of experts in an order that no other format has: not converted or compared")
+    called = _MIXTRAL if match[1].endswith("block_sparse_moe.") else {}
+    rows = shape[1] // len(leaves)
+    return [
+        ExpertRows(f"{match[1]}experts.{e}.{called.get(leaf, leaf)}", e, i * rows, (i + 1) * rows)
+        for e in range(shape[0])
+        for i, leaf in enumerate(leaves)
+    ]
+
+
+def take_apart(plan: Plan) -> Plan:
+    """The plan with a layer for each expert in place of those for all of them, as other formats have them.
+
+    Raises:
+        ArtifactError: as `expert_rows`.
+    """
+    whole = [name for name, planned in plan.layers.items() if len(planned.shape) == 3]
+    if not whole:
+        return plan
+
+    @functools.lru_cache(maxsize=3)  # of one module: layers are read in the order of their names
+    def experts(name: str) -> ExpertWeights:
+        record = plan.layers[name].read()
+        assert isinstance(record, ExpertsRecord)
+        return record.weight
+
+    def read(name: str, part: ExpertRows) -> LinearRecord:
+        return LinearRecord(part.of(experts(name)))
+
+    layers = {name: planned for name, planned in plan.layers.items() if name not in whole}
+    for name in whole:
+        planned = plan.layers[name]
+        try:
+            parts = expert_rows(name, planned.shape, plan.tensors)
+        except ValueError as error:
+            raise plan.fail(f"{name}: {error}") from None
+        for part in parts:
+            shape, nbytes = (part.end - part.begin, planned.shape[2]), planned.nbytes // len(parts)
+            one = functools.partial(read, name, part)
+            layers[part.name] = PlannedLinear(shape, planned.about, planned.sources, nbytes, one)
+    return Plan(plan.where, plan.format, plan.variant, layers, plan.tensors)
 
 
 def known_groups(names: Iterable[str], wanted: Callable[[str], bool]) -> dict[str, list[list[str]]]:
