@@ -341,7 +341,7 @@ class Checkpoint(_Work):
         """
         if self._places:
             return []
-        from lowbit.integrations._operations import Names, converter
+        from lowbit.integrations._operations import Names, converters
 
         names = Names(self.model, known)
         routes: dict[str, str | None] = {}
@@ -361,7 +361,7 @@ class Checkpoint(_Work):
             self._reserve(place)
         ignored = set(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())
         self.model._keys_to_ignore_on_load_unexpected = _Patterns(ignored | {f"^{_TAKEN}"})
-        return [converter(self, routes)]
+        return converters(self, routes, last=known is None)
 
     def _join_experts(self, names: Any) -> set[str]:
         """Join the experts' layers that Transformers keeps in one Parameter; gives the names of the joined ones."""

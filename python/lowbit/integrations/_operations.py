@@ -11,7 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lowbit.integrations._layers import _TAKEN, Checkpoint, Dense
 
-__all__ = ["Names", "Quantize", "converter", "is_ours", "without_conversions"]
+__all__ = ["Names", "Quantize", "converters", "is_ours", "without_conversions"]
 
 # One pattern, which no name of a tensor matches: which tensors are meant is looked up in a dict.
 _PATTERN: Final = "lowbit-layer"
@@ -79,15 +79,38 @@ class _LayerConverter(_core.WeightConverter):
         return (_TAKEN + source_key, None) if key is None else (key, _PATTERN)
 
 
-def converter(work: Checkpoint, routes: Mapping[str, str | None]) -> Any:
-    """What makes Transformers ask for each layer: a class of its own, since instances are copied for each parameter."""
+class _LayerRenaming(_core.WeightRenaming):
+    """Gives our tensors names that no converter of the model's own matches ("experts.*.up_proj.weight" and weight_scale)."""
+
+    __slots__ = ()
+    routes: Mapping[str, str] = {}
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """Renamings are asked before converters."""
+        return self.routes.get(source_key, source_key), None
+
+
+def converters(work: Checkpoint, routes: Mapping[str, str | None], last: bool) -> list[Any]:
+    """What makes Transformers ask for each layer: classes of their own, since instances are copied for each parameter.
+
+    Args:
+        work: reads the layers.
+        routes: tensor -> the parameter whose turn it is, or None for a tensor that Transformers leaves to us.
+        last: the model's own converters are asked before ours, as in Transformers 5.0.
+    """
+    found: list[Any] = []
+    if last:
+        hidden = {name: f"{_TAKEN}{i}" for i, name in enumerate(routes)}
+        renaming = type("LayerRenaming", (_LayerRenaming,), {"__slots__": (), "routes": hidden})
+        found.append(renaming(source_patterns=[_PATTERN], target_patterns=[_PATTERN]))
+        routes = {hidden[name]: key for name, key in routes.items()}
     made = type("LayerConverter", (_LayerConverter,), {"__slots__": (), "routes": routes})
-    return made(source_patterns=[_PATTERN], target_patterns=[_PATTERN], operations=[_Read(work)])
+    return [*found, made(source_patterns=[_PATTERN], target_patterns=[_PATTERN], operations=[_Read(work)])]
 
 
 def is_ours(conversion: Any) -> bool:
-    """Whether it is one that `converter` made."""
-    return isinstance(conversion, _LayerConverter)
+    """Whether it is one that `converters` made."""
+    return isinstance(conversion, _LayerConverter | _LayerRenaming)
 
 
 def without_conversions(model: Any, paths: Sequence[str]) -> list[Any]:
