@@ -266,7 +266,7 @@ def page() -> str:
         '"All" scales: fp32, fp16, bf16 and, where zeros are not fractions, e8m0 and e4m3; e4m3 under one scale for the',
         "weight; the two-level scales of K-quants and bitsandbytes, and groups that run across rows ([how a weight is",
         "stored](format.md#scales)). The kernels of every backend take all of them alike. Weights with the last two are packed,",
-        "unpacked and dequantized by the CPU, on Metal those with scales of one byte too.",
+        "unpacked and dequantized by the CPU where the GPU is CUDA's.",
         "",
         "## Kernels of the CPU",
         "",

@@ -101,8 +101,8 @@ int64_t source_for(const char* op, const Launcher& launcher, const Variant& v) {
 
 std::string kernel_name(const Pipeline& p) {
   static const char* const rows[] = {"1", "2", "4", "8"};
-  static const char* const packing[] = {"pack_codes", "pack_scales", "unpack_codes",
-                                        "unpack_scales", "copy_ints"};
+  static const char* const packing[] = {"pack_codes",   "pack_table", "unpack_codes",
+                                        "unpack_table", "clear_ends", "copy_ints"};
   static const char* const encoders[] = {"int",      "int_zeros", "float_zeros", "offsets",
                                          "fp8_e4m3", "fp8_e5m2",  "fp4_e2m1",    "nf4"};
   switch (p.variant.shader) {

@@ -84,34 +84,30 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
 
 // ---- dequantize --------------------------------------------------------------------------------------------------------
 
-// What the shaders here make and read: one float per group. The CPU does the rest.
-void check_scales(const char* op, const Desc& desc) {
-  LOWBIT_CHECK(scale_info(desc.scale_dtype).is_float() && desc.scaling != Scaling::kFlat, op, ": ",
-               to_string(desc), " is not read here on Metal: do it on the CPU");
-}
-
 // Canonical tensors as the shaders take them; absent ones are `packed`.
 struct Canonical {
   CanonicalTensors checked;
   mp::Canonical params;
   const Tensor& packed;
-  const Tensor& scales;
-  const Tensor& zeros;
+  const Tensor* tables[kTableCount];
   const Tensor& perm;
 
-  Canonical(const char* op, const Tensor& packed_codes, const Tensor& scale_table,
-            const OptionalTensor& zero_table, const OptionalTensor& order,
+  Canonical(const char* op, const Tensor& packed_codes, const Tensor& scales,
+            const OptionalTensor& zeros, const OptionalTensor& order,
             const OptionalTensor& super_scales, const OptionalTensor& super_zeros,
             const Place& place, int64_t N, int64_t K, int64_t desc)
-      : checked(op, packed_codes, scale_table, zero_table, order, super_scales, super_zeros, place,
+      : checked(op, packed_codes, scales, zeros, order, super_scales, super_zeros, place,
                 Values::kTrusted, N, K, desc),
         params(canonical_params(checked.desc, checked.shape)),
         packed(packed_codes),
-        scales(scale_table),
-        zeros(zero_table.has_value() ? *zero_table : packed_codes),
-        perm(order.has_value() ? *order : packed_codes) {
-    check_scales(op, checked.desc);
+        tables{&scales, &or_packed(zeros), &or_packed(super_scales), &or_packed(super_zeros)},
+        perm(or_packed(order)) {
     if (order.has_value()) params.kinds |= mp::kHasPerm;
+  }
+
+ private:
+  const Tensor& or_packed(const OptionalTensor& tensor) const {
+    return tensor.has_value() ? *tensor : packed;
   }
 };
 
@@ -122,8 +118,10 @@ void dequantize_into(const char* op, const Canonical& c, Element element, const 
   Command(op, {{Shader::kDequantize, Format(0), true, element}, 0})
       .params(p)
       .tensor(c.packed)
-      .tensor(c.scales)
-      .tensor(c.zeros)
+      .tensor(*c.tables[kScaleTable])
+      .tensor(*c.tables[kZeroTable])
+      .tensor(*c.tables[kSuperTable])
+      .tensor(*c.tables[kSuperZeroTable])
       .tensor(c.perm)
       .tensor(out)
       .run(groups_of(div_up(p.K, 8)), static_cast<uint32_t>(p.N), kThreads);
@@ -161,13 +159,27 @@ void dequantize_out(const Tensor& packed, const Tensor& scales, const OptionalTe
 Command plain(const char* op, int index) {
   return Command(op, {{Shader::kPack, Format(0), false, Element::kFloat32}, index});
 }
-enum PackKernel { kPackCodes, kPackScales, kUnpackCodes, kUnpackScales, kCopyInts };
+enum PackKernel { kPackCodes, kPackTable, kUnpackCodes, kUnpackTable, kClearEnds, kCopyInts };
 
 void set_geometry(mp::Canonical& p, const MetalTile4& tile) {
   p.strip_bytes = static_cast<uint32_t>(tile.strip_bytes);
   p.high_plane = static_cast<uint32_t>(tile.planes.offset[1]);
-  p.scales_offset = static_cast<uint32_t>(tile.scales_offset);
-  p.zeros_offset = static_cast<uint32_t>(tile.zeros_offset);
+}
+
+mp::Table table_params(const MetalTile4& tile, int index) {
+  const GroupTable& table = tile.shape.tables[index];
+  mp::Table p{};
+  p.N = static_cast<int32_t>(table.N);
+  p.groups = static_cast<int32_t>(table.groups);
+  p.rows = rows_of_table(table);
+  p.bits = table.bits;
+  p.bytes = table.bytes;
+  p.count = static_cast<int32_t>(table.count);
+  p.shift = table.shift;
+  p.fine_shift = table.fine_shift;
+  p.strip_bytes = static_cast<uint32_t>(tile.strip_bytes);
+  p.offset = static_cast<uint32_t>(tile.table_offset[index]);
+  return p;
 }
 
 void copy_perm(const char* op, const Tensor& from, int64_t from_offset, const Tensor& to,
@@ -200,12 +212,19 @@ Tensor pack(const Tensor& packed, const Tensor& scales, const OptionalTensor& ze
       .tensor(packed)
       .tensor(out)
       .run(groups_of(tile.chunks + 3), strips, kThreads);
-  plain(op, kPackScales)
-      .params(c.params)
-      .tensor(scales)
-      .tensor(c.zeros)
+  plain(op, kClearEnds)
+      .word(tile.planes.bytes)
+      .word(tile.strip_bytes)
       .tensor(out)
-      .run(groups_of(tile.groups), strips, kThreads);
+      .run(groups_of((tile.strip_bytes - tile.planes.bytes) / 4), strips, kThreads);
+  for (int i = 0; i < kTableCount; ++i) {
+    if (!tile.shape.tables[i].present()) continue;
+    plain(op, kPackTable)
+        .params(table_params(tile, i))
+        .tensor(*c.tables[i])
+        .tensor(out)
+        .run(groups_of(tile.shape.tables[i].fine_count), strips, kThreads);
+  }
   if (perm.has_value()) copy_perm(op, *perm, 0, out, tile.perm_offset, K);
   return out;
 }
@@ -217,13 +236,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& 
   check_mps(op, place);
   const Weight weight(op, w, place, N, K, desc_bits);
   const Desc& desc = weight.desc;
-  check_scales(op, desc);
   const CanonicalShape s = canonical_shape(N, K, desc);
   mp::Canonical p = canonical_params(desc, s);
   set_geometry(p, weight.tile);
   Tensor packed = empty_on(place, {N, s.row_bytes}, ScalarType::Byte);
-  Tensor scales = empty_table(place, s, desc, kScaleTable);
-  Tensor zeros = empty_table(place, s, desc, kZeroTable);
+  const Tensor tables[] = {
+      empty_table(place, s, desc, kScaleTable), empty_table(place, s, desc, kZeroTable),
+      empty_table(place, s, desc, kSuperTable), empty_table(place, s, desc, kSuperZeroTable)};
   Tensor perm = empty_on(place, {s.has_perm ? K : 0}, ScalarType::Int);
   const auto rows = static_cast<uint32_t>(N);
   plain(op, kUnpackCodes)
@@ -231,19 +250,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& 
       .tensor(w)
       .tensor(packed)
       .run(groups_of(weight.tile.chunks), rows, kThreads);
-  plain(op, kUnpackScales)
-      .params(p)
-      .tensor(w)
-      .tensor(scales)
-      .tensor(s.zero_bytes == 0 ? packed : zeros)
-      .run(groups_of(s.groups), rows, kThreads);
+  for (int i = 0; i < kTableCount; ++i) {
+    const GroupTable& table = s.tables[i];
+    if (!table.present()) continue;
+    plain(op, kUnpackTable)
+        .params(table_params(weight.tile, i))
+        .tensor(w)
+        .tensor(tables[i])
+        .run(groups_of(table.bits < 8 ? div_up(table.count, 8) : table.fine_count), rows, kThreads);
+  }
   if (s.has_perm) copy_perm(op, w, weight.tile.perm_offset, perm, 0, K);
-  return {packed,
-          scales,
-          zeros,
-          perm,
-          empty_table(place, s, desc, kSuperTable),
-          empty_table(place, s, desc, kSuperZeroTable)};
+  return {packed, tables[0], tables[1], perm, tables[2], tables[3]};
 }
 
 }  // namespace

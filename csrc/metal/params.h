@@ -33,16 +33,36 @@ struct Gemm {
 
 // ---- everything else ---------------------------------------------------------------------------------------------------
 
+// Five words each: eight ints, then two unsigned ones.
+#define LOWBIT_PARAMS_WORDS 5
+
 // Canonical tensors (packing/canonical.h): dequantize, pack, unpack.
 struct Canonical {
   int32_t N, K;
   int32_t group_size, groups;
   int32_t row_bytes, kinds;
-  int32_t out_type, spare;  // dequantize: an Element
+  int32_t tables, super_tables;  // what make_table says of scales and zeros; of their super scales
   uint32_t strip_bytes, high_plane;
-  uint32_t scales_offset, zeros_offset;
 };
-#define LOWBIT_CANONICAL_WORDS 6
+
+// How the entries of a tensor beside the codes belong to groups: GroupTable of packing/canonical.h.
+enum TableRows : int32_t { kOwnRows, kBlockRows, kSharedRows, kFlatRows };
+
+//   bit   0      2      8       13
+//         | rows | bits | shift | dtype (of super scales)
+constexpr int32_t make_table(int32_t rows, int32_t bits, int32_t shift, ScaleDtype dtype) {
+  return rows | bits << 2 | shift << 8 | (static_cast<int32_t>(dtype) & 7) << 13;
+}
+
+// pack, unpack: one such tensor, and where a strip has its entries.
+struct Table {
+  int32_t N, groups;
+  int32_t rows, bits;  // a TableRows; of an entry in the tensor
+  int32_t bytes,
+      count;  // of an entry in a strip, 0: the upper half of a scale's byte; entries of a row
+  int32_t shift, fine_shift;
+  uint32_t strip_bytes, offset;
+};
 
 // quantize: canonical tensors from a weight.
 struct Quantize {
@@ -52,7 +72,6 @@ struct Quantize {
   int32_t stride, threads;   // elements between rows of the weight; of a threadgroup
   uint32_t code_max, spare;  // FormatInfo::max, its bits
 };
-#define LOWBIT_QUANTIZE_WORDS 5
 
 // Rows of activations. quantize_activation: group_size and groups; what makes rows ready for a GEMM: perm's place in the
 // weight, in bytes.
@@ -63,7 +82,6 @@ struct Rows {
   int32_t kinds, spare;
   uint32_t perm_low, perm_high;
 };
-#define LOWBIT_ROWS_WORDS 5
 
 // ---- kinds: small enumerations in one int ------------------------------------------------------------------------------
 

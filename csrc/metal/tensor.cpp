@@ -62,6 +62,16 @@ metal_params::Gemm gemm_params(const MetalTile4& tile, const Desc& desc) {
   return p;
 }
 
+int32_t rows_of_table(const GroupTable& table) {
+  using Rows = GroupTable::Rows;
+  static_assert(static_cast<int>(Rows::kOwn) == metal_params::kOwnRows &&
+                    static_cast<int>(Rows::kBlock) == metal_params::kBlockRows &&
+                    static_cast<int>(Rows::kShared) == metal_params::kSharedRows &&
+                    static_cast<int>(Rows::kFlat) == metal_params::kFlatRows,
+                "shaders have the same names");
+  return static_cast<int32_t>(table.rows);
+}
+
 metal_params::Canonical canonical_params(const Desc& desc, const CanonicalShape& shape) {
   metal_params::Canonical p{};
   p.N = static_cast<int32_t>(shape.N);
@@ -71,7 +81,15 @@ metal_params::Canonical canonical_params(const Desc& desc, const CanonicalShape&
   p.row_bytes = static_cast<int32_t>(shape.row_bytes);
   p.kinds = metal_params::make_kinds(desc.scale_dtype, desc.zero_kind, Element::kFloat32,
                                      Element::kFloat32, Element::kFloat32, desc.format);
-  if (desc.scaling == Scaling::kBlock128) p.kinds |= metal_params::kOneScale;
+  int32_t tables[kTableCount];
+  for (int i = 0; i < kTableCount; ++i) {
+    const GroupTable& table = shape.tables[i];
+    tables[i] = table.present() ? metal_params::make_table(rows_of_table(table), table.bits,
+                                                           table.shift, desc.super_dtype)
+                                : 0;
+  }
+  p.tables = tables[kScaleTable] | tables[kZeroTable] << 16;
+  p.super_tables = tables[kSuperTable] | tables[kSuperZeroTable] << 16;
   return p;
 }
 

@@ -37,6 +37,7 @@ struct Weight {
 // The fields that depend on the weight alone.
 metal_params::Gemm gemm_params(const MetalTile4& tile, const Desc& desc);
 metal_params::Canonical canonical_params(const Desc& desc, const CanonicalShape& shape);
+int32_t rows_of_table(const GroupTable& table);  // a TableRows
 // Rows of a matrix, which kernels count in 32 bits.
 int32_t checked_int(const char* op, const char* what, int64_t value);
 

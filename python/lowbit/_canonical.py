@@ -162,7 +162,7 @@ def runs_on(op: str, device: torch.device, scheme: Scheme, layout: int | None = 
         there = _cuda.loaded()  # what is registered may be an op that only says why there are no kernels
         there = there and layout in (None, _CUDA_LAYOUT) and _on_cuda(op, scheme)
     if device.type == "mps":
-        there = there and layout in (None, _METAL_LAYOUT) and _on_metal(scheme)
+        there = there and layout in (None, _METAL_LAYOUT)
     return device if there else torch.device("cpu")
 
 
@@ -174,11 +174,6 @@ def _on_cuda(op: str, scheme: Scheme) -> bool:
     return plain and str(scheme.scale_dtype) in _CUDA_SCALES
 
 
-def _on_metal(scheme: Scheme) -> bool:
-    """What is not one float per group is packed and unpacked by the CPU."""
-    return scheme.super_groups == 0 and scheme.scaling != "flat" and str(scheme.scale_dtype) in _FLOATS
-
-
 def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """The tensor on `device`; None stays None."""
     return None if tensor is None else tensor.to(device)
@@ -187,7 +182,7 @@ def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
+        tensor = tensor.cpu().float()  # no GPU converts all of these
     # aminmax propagates NaN and shows infinities, in one pass and without a temporary as large as the tensor.
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))

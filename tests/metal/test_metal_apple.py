@@ -173,13 +173,14 @@ def test_headers_are_metals_own() -> None:
     for name in NAMES:
         assert set(re.findall(r"#include (\S+)", source(name))) == {"<metal_stdlib>", "<metal_simdgroup_matrix>"}, name
         assert "#pragma once" not in source(name)
+        assert source(name).isascii(), f"{name}: torch hands the text to Metal as ASCII"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_buffers_are_counted_without_gaps(name: str) -> None:
     """Host and emulator give arguments by position: buffer i is the i-th parameter, and there are 31 at most."""
     text = metal_part(name)
-    for macro in ("GEMM", "CANONICAL", "QUANTIZE", "ROWS"):
+    for macro in ("GEMM", "PARAMS"):
         arguments = re.search(rf"#define LOWBIT_{macro}_ARGUMENTS((?:.*\\\n)*.*)\n", text)
         if arguments is None:
             continue
@@ -205,7 +206,7 @@ def test_vector_loads_are_where_alignment_is_known() -> None:
 
 def test_both_math_modes_give_the_contracts_bits() -> None:
     """Products that must be rounded before they are added stand in functions that say so."""
-    for function in ("affine_weights", "weight_of"):
+    for function in ("affine_weights", "affine_of", "weight_of"):
         texts = [h.read_text() for h in (CSRC / "metal" / "shaders").glob("*.h")]
         bodies = [m for t in texts for m in re.findall(rf"inline \w+ {function}\([^{{]*\) \{{\n(.*)\n", t)]
         assert bodies and all(body.strip() == "LOWBIT_EXACT" for body in bodies), function

@@ -11,7 +11,7 @@ import torch
 import cases
 import reference
 from cases import SCALED
-from kernel_cases import expected, forced, on
+from kernel_cases import ORDERS, expected, forced, moved, on, same_bits, same_but_nan
 from lowbit import _C
 from metal_problems import A8, GEMM, GRAD, metal_desc, pack
 from metal_problems import Problem as GemmProblem
@@ -76,8 +76,19 @@ def test_what_fast_kernels_refuse() -> None:
     assert _C.explain("gemm", "apple9", 1, 40, 192, metal_desc(spec), "bfloat16", 0)[0][1] == ""
 
 
-def test_what_the_cpu_does(metal: Any) -> None:
-    w = cases.random_weight(SCALED["q4_k"][0], 17, 512)
-    moved = [on(metal, t) for t in (*w.tensors, *w.supers)]
-    with pytest.raises(RuntimeError, match="is not read here on Metal: do it on the CPU"):
-        metal.ops.pack(*moved[:4], 17, 512, metal_desc(w.spec), *moved[4:])
+@pytest.mark.parametrize("name", SCALED)
+def test_pack_unpack_and_dequantize(metal: Any, name: str) -> None:
+    """The CPU's bits."""
+    spec, shapes = SCALED[name]
+    for i, (N, K) in enumerate(shapes):
+        metal.set_order(ORDERS[i % 3], seed=i)
+        weight, d = cases.random_weight(spec, N, K), metal_desc(spec)
+        w = metal.ops.pack(*moved(metal, weight), N, K, d, *(on(metal, t) for t in weight.supers))
+        assert same_bits(w, torch.ops.lowbit.pack(*weight.tensors, N, K, d, *weight.supers)), (N, K)
+        for j, (now, was) in enumerate(
+            zip(metal.ops.unpack(w, N, K, d), (*weight.tensors, *weight.supers), strict=True)
+        ):
+            assert (now.numel() == 0) if was is None else same_bits(now, was), (N, K, j)
+        rest = N, K, cases.desc(spec), TYPES[i % 3]
+        W = metal.ops.dequantize(*moved(metal, weight), *rest, *(on(metal, t) for t in weight.supers))
+        assert same_but_nan(W, torch.ops.lowbit.dequantize(*weight.tensors, *rest, *weight.supers)), (N, K)

@@ -87,7 +87,7 @@ inline Coder coder_of(Range r, device const float* static_scale, device const in
 
 // A threadgroup per scale: group.x: groups of k; group.y: rows.
 template <int kSimds>
-[[kernel]] void quantize_activation(LOWBIT_ROWS_ARGUMENTS, device const uchar* x [[buffer(5)]],
+[[kernel]] void quantize_activation(LOWBIT_PARAMS_ARGUMENTS, device const uchar* x [[buffer(5)]],
                                     device uchar* xq [[buffer(6)]],
                                     device float* x_scales [[buffer(7)]],
                                     device int* x_zeros [[buffer(8)]],
@@ -95,7 +95,7 @@ template <int kSimds>
                                     device const int* static_zero [[buffer(10)]],
                                     device const float* pre_scale [[buffer(11)]], LOWBIT_POSITION) {
   LOWBIT_SHARED(RangeShared, shared);
-  const Rows p = LOWBIT_ROWS_PARAMS;
+  const Rows p = LOWBIT_PARAMS(Rows);
   const int m = int(group.y), first = int(group.x) * p.group_size;
   const int end = min(first + p.group_size, p.K);
   const Element type = x_type_of(p.kinds);
@@ -125,11 +125,11 @@ template <int kSimds>
 // Rows as a GEMM's kernels want them where they are not: gathered by perm, and 8-bit codes minus their zeros in half.
 // group.x: columns, 256 at a time; group.y: rows.
 template <class T>
-[[kernel]] void prepare_rows(LOWBIT_ROWS_ARGUMENTS, device const uchar* x [[buffer(5)]],
+[[kernel]] void prepare_rows(LOWBIT_PARAMS_ARGUMENTS, device const uchar* x [[buffer(5)]],
                              device const uchar* w [[buffer(6)]],
                              device const int* x_zeros [[buffer(7)]], device T* to [[buffer(8)]],
                              LOWBIT_POSITION) {
-  const Rows p = LOWBIT_ROWS_PARAMS;
+  const Rows p = LOWBIT_PARAMS(Rows);
   const int m = int(group.y), k = 256 * int(group.x) + int(thread_index);
   if (!inside(k, p.K)) return;
   int column = k;

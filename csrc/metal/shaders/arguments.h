@@ -37,36 +37,17 @@ inline metal_params::Gemm gemm_params(constant long& a, constant long& b, consta
           uint(low(j)), uint(high(j)), low(k),       high(k)};
 }
 
-#define LOWBIT_CANONICAL_ARGUMENTS                                            \
-  constant long &word0 [[buffer(0)]], constant long &word1 [[buffer(1)]],     \
-      constant long &word2 [[buffer(2)]], constant long &word3 [[buffer(3)]], \
-      constant long &word4 [[buffer(4)]], constant long &word5 [[buffer(5)]]
-#define LOWBIT_CANONICAL_PARAMS lowbit::canonical_params(word0, word1, word2, word3, word4, word5)
-
-inline metal_params::Canonical canonical_params(constant long& a, constant long& b,
-                                                constant long& c, constant long& d,
-                                                constant long& e, constant long& f) {
-  return {low(a), high(a), low(b),       high(b),       low(c),       high(c),
-          low(d), high(d), uint(low(e)), uint(high(e)), uint(low(f)), uint(high(f))};
-}
-
-#define LOWBIT_QUANTIZE_ARGUMENTS                                             \
+// Every other params struct: eight ints and two unsigned ones.
+#define LOWBIT_PARAMS_ARGUMENTS                                               \
   constant long &word0 [[buffer(0)]], constant long &word1 [[buffer(1)]],     \
       constant long &word2 [[buffer(2)]], constant long &word3 [[buffer(3)]], \
       constant long &word4 [[buffer(4)]]
-#define LOWBIT_QUANTIZE_PARAMS \
-  lowbit::five_words<lowbit::metal_params::Quantize>(word0, word1, word2, word3, word4)
-
-#define LOWBIT_ROWS_ARGUMENTS                                                 \
-  constant long &word0 [[buffer(0)]], constant long &word1 [[buffer(1)]],     \
-      constant long &word2 [[buffer(2)]], constant long &word3 [[buffer(3)]], \
-      constant long &word4 [[buffer(4)]]
-#define LOWBIT_ROWS_PARAMS \
-  lowbit::five_words<lowbit::metal_params::Rows>(word0, word1, word2, word3, word4)
+#define LOWBIT_PARAMS(Type) \
+  lowbit::params_of<lowbit::metal_params::Type>(word0, word1, word2, word3, word4)
 
 template <class Params>
-inline Params five_words(constant long& a, constant long& b, constant long& c, constant long& d,
-                         constant long& e) {
+inline Params params_of(constant long& a, constant long& b, constant long& c, constant long& d,
+                        constant long& e) {
   return {low(a),  high(a), low(b),  high(b),      low(c),
           high(c), low(d),  high(d), uint(low(e)), uint(high(e))};
 }

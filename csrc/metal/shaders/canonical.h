@@ -4,27 +4,11 @@
 
 #include "metal/shaders/arguments.h"
 #include "metal/shaders/numbers.h"
+#include "metal/shaders/tables.h"
 
 namespace lowbit {
 
 using metal_params::Canonical;
-
-constant constexpr int kCanonicalThreads = 256;
-
-inline uint scale_bytes(int kinds) {
-  return scale_dtype_of(kinds) == ScaleDtype::kFloat32 ? 4u : 2u;
-}
-inline uint zero_bytes(int kinds) {
-  const ZeroKind kind = zero_kind_of(kinds);
-  return kind == ZeroKind::kNone ? 0u : kind == ZeroKind::kInt ? 1u : scale_bytes(kinds);
-}
-inline float load_scale(device const uchar* data, long index, int kinds) {
-  const ScaleDtype dtype = scale_dtype_of(kinds);
-  return load_element(data, index,
-                      dtype == ScaleDtype::kFloat32   ? Element::kFloat32
-                      : dtype == ScaleDtype::kFloat16 ? Element::kFloat16
-                                                      : Element::kBFloat16);
-}
 
 // Eight codes of a row of the bit stream, from `eight` * 8 on; zeros past K.
 inline ulong load_stream(device const uchar* row, uint eight, uint bits,
@@ -45,22 +29,31 @@ struct Affine {
   bool is_offset;
 };
 
-inline Affine affine_of(int n, uint k, device const uchar* scales, device const uchar* zeros,
+// Super scales are above scales and offsets, and what is added to scales that are numbers of a code book.
+inline Affine affine_of(long n, long g, device const uchar* scales, device const uchar* zeros,
+                        device const uchar* supers, device const uchar* super_zeros,
                         thread const Canonical& p) {
-  const long group = long(k / uint(p.group_size));
-  const long index = long(n) * long(p.groups) + group;
-  const bool blocks = (p.kinds & metal_params::kOneScale) != 0;
-  Affine a = {load_scale(scales, blocks ? long(n / 128) * long(p.groups) + group : index, p.kinds),
-              0.0f, false};
+  LOWBIT_EXACT
+  const ScaleDtype dtype = scale_dtype_of(p.kinds);
+  const TableView super_table = view_of(p.super_tables), other = view_of(p.super_tables >> 16);
+  Affine a = {entry_value(scales, view_of(p.tables), n, g, p.groups, dtype), 0.0f, false};
+  if (super_table.bits != 0) {
+    const float above = entry_value(supers, super_table, n, g, p.groups, super_table.dtype);
+    a.scale = a.scale * above;
+  }
+  const float beside =
+      other.bits != 0 ? entry_value(super_zeros, other, n, g, p.groups, other.dtype) : 1.0f;
+  if (dtype == ScaleDtype::kDynamic8) a.scale = a.scale + beside;
   switch (zero_kind_of(p.kinds)) {
     case ZeroKind::kNone:
       if (is_integer(format_of(p.kinds))) a.zero = float(1 << (bits_of(format_of(p.kinds)) - 1));
       break;
     case ZeroKind::kInt:
-      a.zero = float(zeros[index]);
+      a.zero = float(zeros[n * long(p.groups) + g]);
       break;
     default:
-      a.zero = load_scale(zeros, index, p.kinds);
+      a.zero = entry_value(zeros, view_of(p.tables >> 16), n, g, p.groups, dtype);
+      if (other.bits != 0) a.zero = a.zero * beside;
       a.is_offset = zero_kind_of(p.kinds) == ZeroKind::kOffset;
   }
   return a;
@@ -78,21 +71,27 @@ inline float weight_of(float number, thread const Affine& a) {
 
 // W[n, :] in T, columns in the original order. group.x: eights of k, 256 at a time; group.y: rows.
 template <class T>
-[[kernel]] void dequantize(LOWBIT_CANONICAL_ARGUMENTS, device const uchar* packed [[buffer(6)]],
-                           device const uchar* scales [[buffer(7)]],
-                           device const uchar* zeros [[buffer(8)]],
-                           device const int* perm [[buffer(9)]], device T* out [[buffer(10)]],
+[[kernel]] void dequantize(LOWBIT_PARAMS_ARGUMENTS, device const uchar* packed [[buffer(5)]],
+                           device const uchar* scales [[buffer(6)]],
+                           device const uchar* zeros [[buffer(7)]],
+                           device const uchar* supers [[buffer(8)]],
+                           device const uchar* super_zeros [[buffer(9)]],
+                           device const int* perm [[buffer(10)]], device T* out [[buffer(11)]],
                            LOWBIT_POSITION) {
-  const Canonical p = LOWBIT_CANONICAL_PARAMS;
+  const Canonical p = LOWBIT_PARAMS(Canonical);
   const int n = int(group.y);
   const uint eight = group.x * uint(kCanonicalThreads) + thread_index, k = 8u * eight;
   if (!inside(k, uint(p.K))) return;
   const Format format = format_of(p.kinds);
   const uint bits = uint(bits_of(format));
   const ulong stream = load_stream(packed + long(n) * long(p.row_bytes), eight, bits, p);
-  const Affine affine = affine_of(n, k, scales, zeros, p);
+  Affine affine = {0.0f, 0.0f, false};
+  uint g = ~0u;  // of `affine`; a block that runs across rows may have fewer than 8 k of one
   T values[8];
   for (uint i = 0; i < 8u; ++i) {
+    const uint its = min(k + i, uint(p.K) - 1u) / uint(p.group_size);
+    if (its != g) affine = affine_of(long(n), long(its), scales, zeros, supers, super_zeros, p);
+    g = its;
     const uint code = uint(stream >> (i * bits)) & ((1u << bits) - 1u);
     values[i] = T(weight_of(code_value(code, format), affine));
   }
@@ -139,9 +138,9 @@ inline void write_chunk(thread const ulong (&streams)[4], uint bits, uint positi
 
 // group.x: chunks (and up to 3 behind the last, where load_stream finds zeros), 256 at a time; group.y: strips.
 template <int kOnly>
-[[kernel]] void pack_codes(LOWBIT_CANONICAL_ARGUMENTS, device const uchar* packed [[buffer(6)]],
-                           device uchar* w [[buffer(7)]], LOWBIT_POSITION) {
-  const Canonical p = LOWBIT_CANONICAL_PARAMS;
+[[kernel]] void pack_codes(LOWBIT_PARAMS_ARGUMENTS, device const uchar* packed [[buffer(5)]],
+                           device uchar* w [[buffer(6)]], LOWBIT_POSITION) {
+  const Canonical p = LOWBIT_PARAMS(Canonical);
   const uint chunk = group.x * uint(kCanonicalThreads) + thread_index;
   const uint chunks = (uint(p.K) + 7u) / 8u;
   const Format format = format_of(p.kinds);
@@ -156,47 +155,6 @@ template <int kOnly>
   const uint low = uint(low_bits(format)), high = uint(high_bits(format));
   write_chunk(streams, bits, 0u, low, chunk, chunks, strip);
   if (high > 0u) write_chunk(streams, bits, low, high, chunk, chunks, strip + p.high_plane);
-}
-
-inline void copy_bytes(device const uchar* from, long from_index, device uchar* to, long to_index,
-                       uint bytes) {
-  for (uint i = 0; i < bytes; ++i)
-    to[to_index * long(bytes) + long(i)] = from[from_index * long(bytes) + long(i)];
-}
-inline void clear_bytes(device uchar* to, long index, uint bytes) {
-  for (uint i = 0; i < bytes; ++i) to[index * long(bytes) + long(i)] = 0;
-}
-
-// group.x: groups of k, 256 at a time; group.y: strips. The last group's thread fills the end of the strip.
-template <int kOnly>
-[[kernel]] void pack_scales(LOWBIT_CANONICAL_ARGUMENTS, device const uchar* scales [[buffer(6)]],
-                            device const uchar* zeros [[buffer(7)]], device uchar* w [[buffer(8)]],
-                            LOWBIT_POSITION) {
-  const Canonical p = LOWBIT_CANONICAL_PARAMS;
-  const int g = int(group.x) * kCanonicalThreads + int(thread_index);
-  if (!inside(g, p.groups)) return;
-  device uchar* strip = w + long(group.y) * long(p.strip_bytes);
-  const uint bytes = scale_bytes(p.kinds), zero_size = zero_bytes(p.kinds);
-  const bool blocks = (p.kinds & metal_params::kOneScale) != 0;
-  if (blocks) {
-    copy_bytes(scales, long(group.y / 32u) * long(p.groups) + long(g), strip + p.scales_offset,
-               long(g), bytes);
-  }
-  for (int row = 0; row < 4; ++row) {
-    const int n = 4 * int(group.y) + row;
-    const long from = long(n) * long(p.groups) + long(g), to = 4 * long(g) + long(row);
-    if (!inside(n, p.N)) {
-      if (!blocks) clear_bytes(strip + p.scales_offset, to, bytes);
-      clear_bytes(strip + p.zeros_offset, to, zero_size);
-    } else {
-      if (!blocks) copy_bytes(scales, from, strip + p.scales_offset, to, bytes);
-      copy_bytes(zeros, from, strip + p.zeros_offset, to, zero_size);
-    }
-  }
-  if (g == p.groups - 1) {
-    const uint end = p.zeros_offset + uint(p.groups) * 4u * zero_size;
-    for (uint i = end; i < p.strip_bytes; ++i) strip[i] = 0;
-  }
 }
 
 // ---- unpack ------------------------------------------------------------------------------------------------------------
@@ -217,9 +175,9 @@ inline ulong read_chunk(device const uchar* plane, uint chunk, uint row, uint bi
 
 // group.x: eights of k, 256 at a time; group.y: rows.
 template <int kOnly>
-[[kernel]] void unpack_codes(LOWBIT_CANONICAL_ARGUMENTS, device const uchar* w [[buffer(6)]],
-                             device uchar* packed [[buffer(7)]], LOWBIT_POSITION) {
-  const Canonical p = LOWBIT_CANONICAL_PARAMS;
+[[kernel]] void unpack_codes(LOWBIT_PARAMS_ARGUMENTS, device const uchar* w [[buffer(5)]],
+                             device uchar* packed [[buffer(6)]], LOWBIT_POSITION) {
+  const Canonical p = LOWBIT_PARAMS(Canonical);
   const uint n = group.y, eight = group.x * uint(kCanonicalThreads) + thread_index;
   if (!inside(8u * eight, uint(p.K))) return;
   const Format format = format_of(p.kinds);
@@ -234,26 +192,6 @@ template <int kOnly>
     if (inside(eight * bits + i, uint(p.row_bytes)))
       row[eight * bits + i] = uchar(stream >> (8u * i));
   }
-}
-
-// group.x: groups of k, 256 at a time; group.y: rows.
-template <int kOnly>
-[[kernel]] void unpack_scales(LOWBIT_CANONICAL_ARGUMENTS, device const uchar* w [[buffer(6)]],
-                              device uchar* scales [[buffer(7)]], device uchar* zeros [[buffer(8)]],
-                              LOWBIT_POSITION) {
-  const Canonical p = LOWBIT_CANONICAL_PARAMS;
-  const int n = int(group.y), g = int(group.x) * kCanonicalThreads + int(thread_index);
-  if (!inside(g, p.groups)) return;
-  device const uchar* strip = w + long(n / 4) * long(p.strip_bytes);
-  const long from = 4 * long(g) + long(n % 4), to = long(n) * long(p.groups) + long(g);
-  const uint bytes = scale_bytes(p.kinds);
-  if ((p.kinds & metal_params::kOneScale) == 0) {
-    copy_bytes(strip + p.scales_offset, from, scales, to, bytes);
-  } else if (n % 128 == 0) {
-    copy_bytes(strip + p.scales_offset, long(g), scales, long(n / 128) * long(p.groups) + long(g),
-               bytes);
-  }
-  copy_bytes(strip + p.zeros_offset, from, zeros, to, zero_bytes(p.kinds));
 }
 
 // `count` ints; where they start is counted in ints.

@@ -286,14 +286,14 @@ inline void search_scale(thread const Task& task, thread Exact& e,
 
 // group.x: groups of k; group.y: rows, or blocks of 128.
 template <class Source>
-[[kernel]] void quantize_search(LOWBIT_QUANTIZE_ARGUMENTS, device const uchar* weight [[buffer(5)]],
+[[kernel]] void quantize_search(LOWBIT_PARAMS_ARGUMENTS, device const uchar* weight [[buffer(5)]],
                                 device const uint* importance [[buffer(6)]],
                                 device const uint* super_scale [[buffer(7)]],
                                 device uchar* packed [[buffer(8)]],
                                 device uchar* scales [[buffer(9)]],
                                 device uchar* zeros [[buffer(10)]], LOWBIT_POSITION) {
   LOWBIT_SHARED(SearchShared, shared);
-  const Quantize p = LOWBIT_QUANTIZE_PARAMS;
+  const Quantize p = LOWBIT_PARAMS(Quantize);
   Task task = task_of(p, group, thread_index, weight, importance, super_scale);
   task.range = range_of(task.group, task.thread_index, shared.range);
   typename Source::Exact e = Source::exact(task.grid);

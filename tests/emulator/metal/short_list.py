@@ -108,19 +108,21 @@ def canonical(spec: Spec, N: int, K: int) -> Case:
     """Packed as the CPU packs, unpacked as it was, dequantized to the CPU's bits."""
 
     def run(backend: MetalEmulator) -> Outputs:
-        weight, d = memory.any_codes(spec, N, K), metal_desc(spec)
+        small = spec.scale_dtype not in cases.SCALE_DTYPES or spec.scaling == "flat"
+        weight, d = (cases.random_weight if small else memory.any_codes)(spec, N, K), metal_desc(spec)
         dirty = weight.packed.clone()
         if K * spec.bits % 8:  # what stands behind the last code of a row means nothing
             dirty[:, -1] |= 0xFF << K * spec.bits % 8 & 0xFF
-        w = backend.ops.pack(dirty, *weight.tensors[1:], N, K, d)
-        assert torch.equal(w, torch.ops.lowbit.pack(*weight.tensors, N, K, d)), "pack"
-        back = backend.ops.unpack(w, N, K, d)[:4]
-        for now, was in zip(back, weight.tensors, strict=True):
+        w = backend.ops.pack(dirty, *weight.tensors[1:], N, K, d, *weight.supers)
+        assert torch.equal(w, torch.ops.lowbit.pack(*weight.tensors, N, K, d, *weight.supers)), "pack"
+        back = backend.ops.unpack(w, N, K, d)
+        for now, was in zip(back, (*weight.tensors, *weight.supers), strict=True):
             assert now.numel() == 0 if was is None else memory.same_bits(now, was), "unpack"
         outputs = [w, *back]
         for dtype in cases.DTYPES:
-            found = backend.ops.dequantize(*weight.tensors, N, K, cases.desc(spec), dtype)
-            expected = torch.ops.lowbit.dequantize(*weight.tensors, N, K, cases.desc(spec), dtype)
+            rest = (N, K, cases.desc(spec), dtype, *weight.supers)
+            found = backend.ops.dequantize(*weight.tensors, *rest)
+            expected = torch.ops.lowbit.dequantize(*weight.tensors, *rest)
             assert memory.same_but_nan(found, expected), "dequantize"
             outputs.append(torch.nan_to_num(found))
         return outputs
@@ -182,6 +184,9 @@ def all_cases() -> tuple[Case, ...]:
         canonical(spec, N, K) for spec, N, K in ((PERM, 7, 301), (INT3, 5, 132), (AFFINE, 6, 104), (BLOCKS, 130, 264))
     ]
     listed.append(canonical(Spec("int3", "float", 8, "float16"), 3, 2061))
+    listed.append(canonical(TWO_LEVELS, 6, 1096))
+    listed.append(canonical(Spec("int3", "offset", 16, "uint4", "two_level", False, 16, "float16"), 5, 272))
+    listed.append(canonical(Spec("int4", "none", 64, "dynamic8", "flat", False, 4), 11, 51))
     listed.append(gemm("general", COLUMNS, 1, 10, 455, torch.float32))
     listed += [
         activations(name, 3, K) for name, K in (("int8", 77), ("int8-asym", 520), ("fp8-g128", 300), ("fp8", 2056))
