@@ -97,8 +97,19 @@ CanonicalTensors::CanonicalTensors(const char* op, const Tensor& packed, const T
                  " is outside 0..", K - 1);
 }
 
-bool check_quantizable(const char* op, const Desc& desc, const CanonicalShape& shape,
-                       const OptionalTensor& super_scales, const Place& place) {
+QuantizeCall check_quantize(const char* op, const Tensor& weight, const Place& place,
+                            int64_t desc_bits, const OptionalTensor& importance,
+                            const OptionalTensor& super_scales) {
+  LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
+               ", expected [N, K]");
+  QuantizeCall call{rows_of(op, "weight", weight, place), float_element(op, "weight", weight),
+                    decode_desc(desc_bits), CanonicalShape{}, false};
+  const Desc& desc = call.desc;
+  LOWBIT_CHECK(!desc.has_perm, op,
+               ": desc has a perm; quantize the permuted weight and give the perm to pack");
+  call.shape = canonical_shape(call.rows.M, call.rows.K, desc);
+  if (importance.has_value())
+    check_plain(op, "importance", *importance, place, ScalarType::Float, {call.rows.K});
   LOWBIT_CHECK(desc.scaling != Scaling::kFlat && !scale_info(desc.scale_dtype).needs_super &&
                    (!desc.two_levels() || desc.super_groups == -1),
                op, ": ", to_string(desc),
@@ -106,12 +117,13 @@ bool check_quantizable(const char* op, const Desc& desc, const CanonicalShape& s
   LOWBIT_CHECK(super_scales.has_value() == desc.two_levels(), op, ": super_scales are ",
                super_scales.has_value() ? "given" : "absent",
                ", but desc says super_groups=", desc.super_groups);
-  if (!desc.two_levels()) return false;
+  call.has_super = desc.two_levels();
+  if (!call.has_super) return call;
   LOWBIT_CHECK(desc.super_dtype == ScaleDtype::kFloat32, op, ": super scales of dtype ",
                name_of(desc.super_dtype), " are read and not made; float32 ones are");
   check_plain(op, "super_scales", *super_scales, place, ScalarType::Float,
-              table_shape(shape.tables[kSuperTable]));
-  return true;
+              table_shape(call.shape.tables[kSuperTable]));
+  return call;
 }
 
 namespace {

@@ -40,9 +40,17 @@ struct CanonicalTensors {
                    const Place& place, Values values, int64_t N, int64_t K, int64_t desc_bits);
 };
 
-// Whether the quantizer makes scales under a super scale, which is then there; throws where it does not know the scheme.
-bool check_quantizable(const char* op, const Desc& desc, const CanonicalShape& shape,
-                       const OptionalTensor& super_scales, const Place& place);
+// Arguments of quantize. Throws where the quantizer does not know the scheme too.
+struct QuantizeCall {
+  Rows rows;  // of the weight
+  Element element;
+  Desc desc;
+  CanonicalShape shape;
+  bool has_super;  // a scale of all scales
+};
+QuantizeCall check_quantize(const char* op, const Tensor& weight, const Place& place,
+                            int64_t desc_bits, const OptionalTensor& importance,
+                            const OptionalTensor& super_scales);
 
 // Arguments of quantize_activation.
 struct ActivationCall {

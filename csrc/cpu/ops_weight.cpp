@@ -78,28 +78,18 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
                                             const OptionalTensor& importance,
                                             const OptionalTensor& super_scales) {
   const char* op = "lowbit::quantize";
-  LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
-               ", expected [N, K]");
-  const Rows w = rows_of(op, "weight", weight, cpu_place());
-  const Element element = float_element(op, "weight", weight);
-  const Desc desc = decode_desc(desc_bits);
-  LOWBIT_CHECK(!desc.has_perm, op,
-               ": desc has a perm; quantize the permuted weight and give the perm to pack");
-  const CanonicalShape shape = canonical_shape(w.M, w.K, desc);
-  if (importance.has_value())
-    check_plain(op, "importance", *importance, cpu_place(), ScalarType::Float, {w.K});
+  const QuantizeCall call =
+      check_quantize(op, weight, cpu_place(), desc_bits, importance, super_scales);
+  const Desc& desc = call.desc;
+  const CanonicalShape& shape = call.shape;
   const FormatInfo& info = format_info(desc.format);
-  const float* super_scale = check_quantizable(op, desc, shape, super_scales, cpu_place())
-                                 ? const_data_of<float>(*super_scales)
-                                 : nullptr;
-
   Tensor packed = empty_on(cpu_place(), {shape.N, shape.row_bytes}, ScalarType::Byte);
   Tensor scales = empty_table(cpu_place(), shape, desc, kScaleTable);
   Tensor zeros = empty_table(cpu_place(), shape, desc, kZeroTable);
 
   Quantizer q{kernels(),
               shape,
-              {w.data, element, w.stride, w.K, nullptr, nullptr},
+              {call.rows.data, call.element, call.rows.stride, shape.K, nullptr, nullptr},
               nullptr,
               {},
               data_of<uint8_t>(packed),
@@ -110,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   q.job.format = desc.format;
   q.job.zero_kind = desc.zero_kind;
   q.job.scale_dtype = desc.scale_dtype;
-  q.job.super_scale = super_scale == nullptr ? 1.0f : *super_scale;
+  q.job.super_scale = call.has_super ? *const_data_of<float>(*super_scales) : 1.0f;
   q.job.bits = info.bits;
   q.job.search = search;
   q.job.max = info.max;

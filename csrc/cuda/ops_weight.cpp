@@ -48,19 +48,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   const char* op = "lowbit::quantize";
   const Place place = place_of(weight, "weight");
   const Scope scope(op, place);
-  LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
-               ", expected [N, K]");
-  Rows rows = rows_of(op, "weight", weight, place);
-  const Element element = float_element(op, "weight", weight);
-  const Desc desc = decode_desc(desc_bits);
-  LOWBIT_CHECK(!desc.has_perm, op,
-               ": desc has a perm; quantize the permuted weight and give the perm to pack");
-  const CanonicalShape shape = canonical_shape(rows.M, rows.K, desc);
+  QuantizeCall call = check_quantize(op, weight, place, desc_bits, importance, super_scales);
+  const Desc& desc = call.desc;
+  const CanonicalShape& shape = call.shape;
+  Rows& rows = call.rows;
   check_scales(op, desc);
-  LOWBIT_CHECK(!check_quantizable(op, desc, shape, super_scales, place), op, ": ", to_string(desc),
+  LOWBIT_CHECK(!call.has_super, op, ": ", to_string(desc),
                " is not quantized on CUDA: do it on the CPU");
-  if (importance.has_value())
-    check_plain(op, "importance", *importance, place, ScalarType::Float, {rows.K});
   if (rows.stride != rows.K) {  // the kernel reads rows that follow each other
     rows.keep = torch::stable::contiguous(weight);
     rows.data = const_data_of<uint8_t>(rows.keep);
@@ -68,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   const CanonicalResult result(desc, shape, place);
   QuantizeParams p{};
   p.weight = rows.data;
-  p.type = element;
+  p.type = call.element;
   p.importance = importance.has_value() ? const_data_of<float>(*importance) : nullptr;
   p.search = search;
   p.shape = canonical_params(desc, shape);

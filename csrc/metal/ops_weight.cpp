@@ -26,17 +26,20 @@ int encoder_of(const Desc& desc) {
 // A SIMD-group per group of weights up to here, eight beyond.
 constexpr int64_t kShortGroup = 1024;
 
-mp::Quantize quantize_params(const char* op, const Desc& desc, const CanonicalShape& s,
-                             const Rows& rows, Element element) {
+mp::Quantize quantize_params(const char* op, const QuantizeCall& call, bool weighted) {
+  const Desc& desc = call.desc;
+  const CanonicalShape& s = call.shape;
   mp::Quantize p{};
   p.N = static_cast<int32_t>(s.N);
   p.K = static_cast<int32_t>(s.K);
   p.group_size = static_cast<int32_t>(s.group_size);
   p.groups = static_cast<int32_t>(s.groups);
   p.row_bytes = static_cast<int32_t>(s.row_bytes);
-  p.stride = checked_int(op, "the stride of weight", rows.stride);
-  p.kinds = mp::make_kinds(desc.scale_dtype, desc.zero_kind, element, Element::kFloat32,
+  p.stride = checked_int(op, "the stride of weight", call.rows.stride);
+  p.kinds = mp::make_kinds(desc.scale_dtype, desc.zero_kind, call.element, Element::kFloat32,
                            Element::kFloat32, desc.format);
+  if (weighted) p.kinds |= mp::kHasImportance;
+  if (call.has_super) p.kinds |= mp::kHasSuper;
   std::memcpy(&p.code_max, &format_info(desc.format).max, 4);
   const int64_t tall = desc.scaling == Scaling::kBlock128 ? std::min<int64_t>(s.N, 128) : 1;
   if (desc.scaling == Scaling::kBlock128) p.kinds |= mp::kOneScale;
@@ -50,28 +53,18 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   const char* op = "lowbit::quantize";
   const Place place = place_of(weight, "weight");
   check_mps(op, place);
-  LOWBIT_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight),
-               ", expected [N, K]");
-  const Rows rows = rows_of(op, "weight", weight, place);
-  const Element element = float_element(op, "weight", weight);
-  const Desc desc = decode_desc(desc_bits);
-  LOWBIT_CHECK(!desc.has_perm, op,
-               ": desc has a perm; quantize the permuted weight and give the perm to pack");
-  const CanonicalShape s = canonical_shape(rows.M, rows.K, desc);
-  const bool two_levels = check_quantizable(op, desc, s, super_scales, place);
-  if (importance.has_value())
-    check_plain(op, "importance", *importance, place, ScalarType::Float, {rows.K});
+  const QuantizeCall call = check_quantize(op, weight, place, desc_bits, importance, super_scales);
+  const Desc& desc = call.desc;
+  const CanonicalShape& s = call.shape;
   Tensor packed = empty_on(place, {s.N, s.row_bytes}, ScalarType::Byte);
   Tensor scales = empty_table(place, s, desc, kScaleTable);
   Tensor zeros = empty_table(place, s, desc, kZeroTable);
-  mp::Quantize p = quantize_params(op, desc, s, rows, element);
-  if (importance.has_value()) p.kinds |= mp::kHasImportance;
-  if (two_levels) p.kinds |= mp::kHasSuper;
+  const mp::Quantize p = quantize_params(op, call, importance.has_value());
   const bool blocks = desc.scaling == Scaling::kBlock128;
   const Shader shader = search ? Shader::kQuantizeSearch : Shader::kQuantize;
   Command(op, {{shader, Format(0), false, Element::kFloat32}, encoder_of(desc)})
       .params(p)
-      .tensor(rows.keep)
+      .tensor(call.rows.keep)
       .tensor(importance, scales)
       .tensor(super_scales, scales)
       .tensor(packed)
