@@ -69,6 +69,10 @@ def _kinds() -> dict[str, tuple[str, str, str]]:
 KINDS = _kinds()
 
 
+#: Those that can make a weight 0: IQ4_NL has no such level.
+KINDS_WITH_ZERO = [kind for kind, (format, _, _) in KINDS.items() if 0 in reference.CODES.get(format, (0,))]
+
+
 def fits(group_size: int, K: int) -> bool:
     """Whether a weight with this K may have the group size."""
     return group_size <= -(-K // 8) * 8

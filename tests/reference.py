@@ -26,6 +26,8 @@ BITS = {
     "fp8_e5m2": 8,
     "fp4_e2m1": 4,
     "nf4": 4,
+    "iq4_nl": 4,
+    "bnb_fp4": 4,
 }
 NF4 = (
     -1.0,
@@ -45,6 +47,8 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+BNB_FP4 = (-192, -128, -96, -64, -48, -32, -1, 0, 0, 1, 32, 48, 64, 96, 128, 192)  # of 192
 
 
 def _minifloat(code: int, exponent_bits: int, mantissa_bits: int, special: str) -> float:
@@ -69,7 +73,18 @@ CODES: dict[str, np.ndarray] = {
     "fp8_e5m2": np.array([_minifloat(q, 5, 2, "ieee") for q in range(256)], np.float32),
     "fp4_e2m1": np.array([_minifloat(q, 2, 1, "none") for q in range(16)], np.float32),
     "nf4": np.array(NF4, np.float32),
+    "iq4_nl": np.array(IQ4_NL, np.float32),
+    "bnb_fp4": np.array(BNB_FP4, np.float32) / np.float32(192),
 }
+
+
+def exact16(format: str) -> bool:
+    """Whether fp16 and bf16 hold every value of a coded format; of integers it is q - zero, which both do."""
+    values = torch.from_numpy(CODES.get(format, np.zeros(1, np.float32)))
+    return all(
+        torch.equal(values.to(dtype).float().nan_to_num(), values.nan_to_num())
+        for dtype in (torch.float16, torch.bfloat16)
+    )
 
 
 def _dynamic8() -> np.ndarray:
@@ -239,7 +254,9 @@ def dequantize(w: Weight) -> torch.Tensor:
 
 # -- quantize (round to nearest) -----------------------------------------------------------------------------------------
 
-_MAX = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "fp4_e2m1": 6.0, "nf4": 1.0}
+#: What absmax goes to: the largest value, or the middle of both ends.
+_MAX = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "fp4_e2m1": 6.0, "nf4": 1.0, "iq4_nl": 120.0, "bnb_fp4": 1.0}
+_BOOKS = ("nf4", "iq4_nl", "bnb_fp4")  # of levels that ascend
 _SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 
 
@@ -256,9 +273,9 @@ def _stored_scale(value: np.float32, dtype: str) -> np.float32:
 
 
 def nearest_code(t: np.ndarray, format: str) -> np.ndarray:
-    """The code nearest to each value: ties to the even code, in NF4 to the lower level."""
+    """The code nearest to each value: ties to the even code, in books to the lower level."""
     table = CODES[format].astype(np.float64)
-    if format == "nf4":
+    if format in _BOOKS:
         middles = ((CODES[format][:-1] + CODES[format][1:]) * np.float32(0.5)).astype(np.float64)
         return np.searchsorted(middles, t.astype(np.float64), side="left")
     half = len(table) // 2
@@ -276,8 +293,10 @@ def _encode_group(v: np.ndarray, spec: Spec) -> tuple[np.ndarray, np.float32, np
     f32, dtype, top = np.float32, spec.scale_dtype, f32_top(spec)
     low, high = f32(v.min()), f32(v.max())
     if spec.coded:
-        scale = _stored_scale(f32(np.abs(v).max()) / f32(_MAX[spec.format]), dtype)
         limit = f32(_MAX[spec.format])
+        if not v.any() and 0 not in CODES[spec.format]:
+            return np.zeros(v.shape, np.int64), f32(0), None
+        scale = _stored_scale(f32(np.abs(v).max()) / limit, dtype)
         return nearest_code(np.clip(v / scale, -limit, limit), spec.format), scale, None
     if spec.zero_kind == "none":
         scale = _stored_scale(f32(np.abs(v).max()) / f32(2 ** (spec.bits - 1) - 0.5), dtype)

@@ -16,7 +16,7 @@ import cases
 from cases import KINDS
 from lowbit import _C, _cuda
 from lowbit._selection import can_implement, explain, kernel_table
-from reference import Spec
+from reference import Spec, exact16
 
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 ACTIVATIONS = {
@@ -61,7 +61,7 @@ def test_every_cell_has_a_kernel(device: str, kind: str) -> None:
                 name = name_of(device, op, M, 200, 1200, desc, dtype, flags)
                 tiled = group == -1 or group % 16 == 0
                 if op == "gemm_a8":
-                    exact = zero_kind in ("none", "int") and format != "nf4"
+                    exact = zero_kind in ("none", "int") and exact16(format)
                     assert (name == "general") == (not tiled or not exact)
                 else:
                     assert (name == "general") == (not tiled or dtype == "float32")

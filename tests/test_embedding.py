@@ -48,7 +48,7 @@ def test_rows_under_scales_of_two_levels(name: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-@pytest.mark.parametrize("kind", ["int4", "int3-int", "int6-offset", "nf4", "fp8_e4m3-block128"])
+@pytest.mark.parametrize("kind", ["int4", "int3-int", "int6-offset", "nf4", "iq4_nl", "bnb_fp4", "fp8_e4m3-block128"])
 def test_by_strips(kind: str, device: str) -> None:
     """What CUDA and Metal do, with the CPU's unpack and dequantize of their layouts; more indices than are done at a time."""
     format, zero_kind, scaling = cases.KINDS[kind]

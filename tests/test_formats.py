@@ -23,7 +23,8 @@ def test_every_format_has_a_reference() -> None:
 def test_enum_values_never_change() -> None:
     """They are stored in artifacts and in compiled graphs."""
     names = ["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4"]
-    assert list(ENUMS["format"].items())[:10] == [(name, i + 1) for i, name in enumerate(names)]
+    names += ["iq4_nl", "bnb_fp4"]
+    assert list(ENUMS["format"].items())[:12] == [(name, i + 1) for i, name in enumerate(names)]
     assert ENUMS["zero_kind"] == {"none": 0, "int": 1, "float": 2, "offset": 3}
     dtypes = ("float32", "float16", "bfloat16", "e8m0", "e4m3", "uint4", "uint6", "int6", "int8", "dynamic8")
     assert [ENUMS["scale_dtype"][name] for name in dtypes] == list(range(10))
@@ -38,7 +39,14 @@ def test_code_book(name: str) -> None:
     np.testing.assert_array_equal(code, reference.CODES[name])  # NaN equals NaN here
     number = ~np.isnan(code)
     np.testing.assert_array_equal(np.signbit(code[number]), np.signbit(reference.CODES[name][number]))
-    assert ROWS[name]["max"] == np.abs(code[np.isfinite(code)]).max()
+    finite = code[np.isfinite(code)]
+    assert ROWS[name]["max"] == (finite.max() - finite.min()) / 2  # the largest, where both ends are alike
+
+
+def test_books_ascend() -> None:
+    """What the quantizer, which counts midpoints, and readers, which sort codes, take for granted."""
+    for name in ("nf4", "iq4_nl", "bnb_fp4"):
+        assert sorted(ROWS[name]["code"]) == ROWS[name]["code"], name
 
 
 @pytest.mark.parametrize("name", list(reference.SCALE_CODES))

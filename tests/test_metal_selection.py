@@ -17,7 +17,7 @@ import cases
 from cases import KINDS
 from lowbit import _C, _metal
 from lowbit._selection import can_implement, explain, kernel_table
-from reference import Spec
+from reference import Spec, exact16
 
 LAYOUT = cases.ENUMS["layout"]["metal_tile4"]
 ACTIVATIONS = {
@@ -52,7 +52,7 @@ def test_every_cell_has_a_kernel(kind: str) -> None:
         for op, dtypes in ACTIVATIONS.items():
             for dtype, M, flags in itertools.product(dtypes, ROWS, (0, cases.BATCH_INVARIANT)):
                 name = name_of(op, M, desc, dtype, flags)
-                exact = format != "nf4" and zero_kind in ("none", "int") and (group == -1 or group % 32 == 0)
+                exact = exact16(format) and zero_kind in ("none", "int") and (group == -1 or group % 32 == 0)
                 general = op == "gemm_a8" and M > 8 and not flags and not exact
                 assert (name == "general") == general, (op, dtype, M, flags, group, name)
 

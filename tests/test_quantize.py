@@ -111,11 +111,12 @@ def test_error_is_at_most_half_a_step(kind: str) -> None:
 def test_representable_weights_come_back() -> None:
     """What was dequantized quantizes to the same values again, where the extremes of a group are codes.
 
-    Not so for symmetric integers, whose absmax lies half a step beyond the largest positive code.
+    Not so for symmetric integers, whose absmax lies half a step beyond the largest positive code, nor for IQ4_NL, which has no
+    code for absmax either.
     """
     for kind, (format, zero_kind, scaling) in KINDS.items():
         spec = Spec(format, zero_kind, 128 if scaling == "block128" else 16, "float32", scaling)
-        if not spec.coded and zero_kind == "none":
+        if (not spec.coded and zero_kind == "none") or format == "iq4_nl":
             continue
         first = ops.dequantize(*ops.quantize(_gaussian(5, 64), desc(spec)), None, 5, 64, desc(spec))
         again = ops.dequantize(*ops.quantize(first, desc(spec)), None, 5, 64, desc(spec))

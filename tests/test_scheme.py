@@ -228,5 +228,7 @@ def test_activation_properties() -> None:
 
 def test_format_info_names_what_exists() -> None:
     assert format_info("fp8").name == "fp8_e4m3"
-    with pytest.raises(ValueError, match="the formats are int2, int3, int4, int5, int6, int8, fp8, fp8_e5m2, fp4, nf4"):
+    with pytest.raises(
+        ValueError, match="the formats are int2, int3, int4, int5, int6, int8, fp8, fp8_e5m2, fp4, nf4, iq4_nl, bnb_fp4"
+    ):
         format_info("fp6")

@@ -17,6 +17,8 @@ enum class Format : int {
   kFp8E5m2 = 8,
   kFp4E2m1 = 9,
   kNf4 = 10,
+  kIq4Nl = 11,
+  kBnbFp4 = 12,
 };
 
 // What the third tensor beside codes and scales holds.

@@ -32,9 +32,10 @@ bool refuse_panel(const Problem& p, const CpuTile16& tile, const IsaKernels&, co
   return refuse_short_groups(p, tile, why);
 }
 
-// Tensor and tile instructions multiply bf16: q - zero, and the values of FP8 and FP4, are exact in it.
+// Tensor and tile instructions multiply bf16: q - zero, and the values of most code books, are exact in it.
 bool refuse_inexact_codes(const Problem& p, const Why& why) {
-  if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
+  const FormatInfo& format = format_info(p.desc.format);
+  if (!format.exact16) return why(format.name, "'s levels are not exact in bf16");
   return (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset) &&
          why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
 }
@@ -260,8 +261,7 @@ const std::vector<KernelRow>& kernel_table() {
        XForm::kTiles, refuse_tiles_bf16, run_tiles_bf16, nullptr},
       {Op::kGemm, "stream_bf16", kFast,
        "bf16 x, codes of up to six bits without zeros, int4 with integer zeros, few rows of fp8, "
-       "groups in multiples of 32: looked "
-       "up as bf16 in registers, nf4 rounded once",
+       "groups in multiples of 32: looked up as bf16 in registers, nf4 and bnb_fp4 rounded once",
        XForm::kBFloats, refuse_stream_bf16, run_stream_bf16, nullptr},
       {Op::kGemm, "planes_i8", kFast,
        "integer weights, groups in multiples of 32: x as int8 digits, exactly; int32 dot products",

@@ -33,6 +33,7 @@ WeightView weight_view(const CpuTile16& tile, const Desc& desc, const uint8_t* d
   view.zeros_offset = tile.zeros_offset;
   view.bits = s.bits;
   view.code = format_info(desc.format).code;
+  view.exact16 = format_info(desc.format).exact16;
   view.tile = &tile;
   view.plain = scale_info(desc.scale_dtype).is_float();
   view.super_dtype = desc.super_dtype;

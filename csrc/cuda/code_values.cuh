@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/enums.h"
+#include "cuda/books.h"
 #include "cuda/ptx.cuh"
 
 namespace lowbit::cuda {

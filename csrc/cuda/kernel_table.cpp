@@ -82,7 +82,8 @@ bool refuse_hopper_a8_fp8(const Problem& p, const CudaTile64& weight, const Why&
 }
 
 bool refuse_a8_decode(const Problem& p, const CudaTile64& weight, const Why& why) {
-  if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in bf16");
+  const FormatInfo& info = format_info(p.desc.format);
+  if (!info.exact16) return why(info.name, "'s levels are not exact in bf16");
   if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset)
     return why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in bf16");
   return refuse_grouped_perm(p, why) || refuse_group(p, weight, 16, why);

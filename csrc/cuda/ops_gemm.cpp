@@ -1,10 +1,51 @@
 // gemm, linear, gemm_a8, gemm_grad_input and their out variants on CUDA: checks, selection, workspace, launch.
 
+#include <vector>
+
+#include "common/half.h"
 #include "common/strict.h"
 #include "cuda/tensor.h"
+#include "formats/format_table.h"
 
 namespace lowbit::cuda {
 namespace {
+
+// The bytes of a code book's levels as `type` holds them, and of what it loses.
+BookBytes book_bytes(const float* code, Element type) {
+  const auto nearest = [type](float level) -> uint32_t {
+    return type == Element::kFloat16 ? to_half(level).bits : to_bfloat16(level).bits;
+  };
+  const auto value = [type](uint32_t bits) {
+    const uint16_t stored = static_cast<uint16_t>(bits);
+    return type == Element::kFloat16 ? to_float(Half{stored}) : to_float(BFloat16{stored});
+  };
+  BookBytes book{};
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t level = nearest(code[i]), rest = nearest(code[i] - value(level));
+    for (int byte = 0; byte < 2; ++byte) {
+      book.nearest[byte][i / 4] |= (level >> (8 * byte) & 0xffu) << (8 * (i % 4));
+      book.rest[byte][i / 4] |= (rest >> (8 * byte) & 0xffu) << (8 * (i % 4));
+    }
+  }
+  return book;
+}
+
+// Of every book and both types, made once. 8-bit activations meet a book as bf16.
+const BookBytes& book_of(Format format, Element type) {
+  struct Books {
+    BookBytes half, bfloat;
+  };
+  static const std::vector<Books> all = [] {
+    std::vector<Books> books;
+    for (Format book : kBooks) {
+      const float* code = format_info(book).code;
+      books.push_back({book_bytes(code, Element::kFloat16), book_bytes(code, Element::kBFloat16)});
+    }
+    return books;
+  }();
+  const Books& found = all[static_cast<size_t>(index_of_book(format))];
+  return type == Element::kFloat16 ? found.half : found.bfloat;
+}
 
 Config choose(const char* op, const Problem& problem, const Weight& weight,
               const DeviceInfo& device) {
@@ -88,6 +129,7 @@ void run(const char* op, Problem problem, const Weight& weight, RowsParams x, Ou
                config.hopper.strips,
                config.hopper.cluster,
                config.tokens};
+  if (has_book(weight.desc.format)) p.w.book = book_of(weight.desc.format, x.type);
   if (config.shares_tiles) {
     p.schedule.counters = memory.counters();
     p.schedule.partials = reinterpret_cast<float*>(memory.partials());

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/enums.h"
+#include "cuda/books.h"
 
 namespace lowbit::cuda {
 
@@ -48,6 +49,9 @@ struct WeightParams {
   ScaleDtype super_dtype;
   Table supers, super_zeros;
   Stored stored;
+
+  BookBytes book;  // of formats that codec/book.cuh decodes, by the type that the kernel multiplies
+  float levels[16];  // the same, for kernels that decode code by code
 };
 
 // Rows of activations. `data` is 16-byte aligned and `stride` (in elements) a multiple of 16 bytes, or `aligned` is false.

@@ -164,14 +164,14 @@ __device__ Scaling16 scaling_before(const WeightParams& w) {
 // a *= scale in 16 bits. A code that 16 bits do not hold has a remainder, whose product is small enough for its own
 // rounding not to matter.
 template <Format kFormat, class T>
-__device__ void scale_pairs(const typename Codec<kFormat>::Words& words, int fragment,
-                            const uint32_t (&scales)[kLaneRows], uint32_t (&a)[4]) {
+__device__ void scale_pairs(const WeightParams& w, const typename Codec<kFormat>::Words& words,
+                            int fragment, const uint32_t (&scales)[kLaneRows], uint32_t (&a)[4]) {
   if constexpr (Codec<kFormat>::kExact) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) a[r] = multiply<T>(a[r], scales[2 * fragment + r % 2]);
   } else {
     uint32_t rest[4];
-    Codec<kFormat>::template decode_rest<T>(words, fragment, rest);
+    Codec<kFormat>::template decode_rest<T>(w, words, fragment, rest);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const uint32_t scale = scales[2 * fragment + r % 2];
@@ -194,7 +194,7 @@ __device__ void scale_floats(const WeightParams& w, const typename Codec<kFormat
     (w.zero_kind == ZeroKind::kFloat ? minus : plus) = third;
   }
   uint32_t rest[4] = {};
-  if constexpr (!exact) Codec<kFormat>::template decode_rest<T>(words, fragment, rest);
+  if constexpr (!exact) Codec<kFormat>::template decode_rest<T>(w, words, fragment, rest);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const auto weight = [&](float q, float remainder) {

@@ -140,7 +140,7 @@ class StepSums {
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) {
         uint32_t a[4];
-        Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
+        Codec<kFormat>::template decode<T>(w_, words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
         if constexpr (!kAsTheyAre) scale_floats<kFormat, T>(w_, words, i, rows, lane_ / 4, a);
 #pragma unroll
         for (int n = 0; n < kBlocks8; ++n) T::mma(part[i][n], a, b[j][n][0], b[j][n][1]);

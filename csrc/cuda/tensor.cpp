@@ -1,5 +1,9 @@
 #include "cuda/tensor.h"
 
+#include <algorithm>
+
+#include "formats/format_table.h"
+
 namespace lowbit::cuda {
 
 void check_cuda(const char* op, const Place& place) {
@@ -48,6 +52,7 @@ Weight::Weight(const char* op, const Tensor& w, const Place& place, int64_t N, i
   LOWBIT_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, op,
                ": w must start on a 16-byte boundary");
   params = weight_params(tile, desc, data);
+  if (has_book(desc.format)) std::copy_n(format_info(desc.format).code, 16, params.levels);
 }
 
 CanonicalParams canonical_params(const Desc& desc, const CanonicalShape& shape) {

@@ -13,7 +13,6 @@
 #include "cuda/elements.cuh"
 #include "cuda/params.h"
 #include "cuda/ptx.cuh"
-#include "formats/codebooks.h"
 #include "packing/cuda_tile64.h"
 
 namespace lowbit::cuda {
@@ -135,16 +134,8 @@ class TileReader {
 
 // ---- values of codes ---------------------------------------------------------------------------------------------------
 
-// nf4's levels into shared memory, where lanes may index them: 16 floats.
-template <int kCode = 0>
-__device__ void stage_nf4(float* levels) {
-  constexpr float level = kNf4Code[kCode];  // the array itself is in host memory
-  if (static_cast<int>(threadIdx.x) == kCode) levels[kCode] = level;
-  if constexpr (kCode < 15) stage_nf4<kCode + 1>(levels);
-}
-
-// The value of a code, before its scale: integers as they are. `nf4` is what stage_nf4() filled.
-__device__ inline float code_value(Format format, uint32_t q, const float* nf4) {
+// The value of a code, before its scale: integers as they are. `levels` are those of the weight, where lanes may index them.
+__device__ inline float code_value(Format format, uint32_t q, const float* levels) {
   switch (format) {
     case Format::kFp8E4m3:
       return fp8_e4m3_value(q);
@@ -153,7 +144,9 @@ __device__ inline float code_value(Format format, uint32_t q, const float* nf4) 
     case Format::kFp4E2m1:
       return fp4_e2m1_value(q);
     case Format::kNf4:
-      return nf4[q];
+    case Format::kIq4Nl:
+    case Format::kBnbFp4:
+      return levels[q];
     default:
       return static_cast<float>(q);
   }

@@ -8,24 +8,16 @@
 
 namespace lowbit {
 
-// NF4: the 16 quantiles of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
+// Books of four bits whose levels follow no rule, ascending: the quantizer counts the midpoints below a number, and kernels look
+// levels up, whichever book it is. Where the values come from stands in the files.
 inline constexpr std::array<float, 16> kNf4Code = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
+#include "formats/nf4.inc"
+};
+inline constexpr std::array<float, 16> kIq4NlCode = {
+#include "formats/iq4_nl.inc"
+};
+inline constexpr std::array<float, 16> kBnbFp4Code = {
+#include "formats/bnb_fp4.inc"
 };
 
 // FP4 E2M1 (OCP Microscaling Formats v1.0, 5.3.3): bit 3 is the sign.

@@ -17,6 +17,7 @@ struct FormatInfo {
   bool is_integer;  // w = (q - zero) * scale; otherwise w = code[q] * scale
   float max;  // the magnitude that round-to-nearest maps a group's absmax to (scale = absmax / max)
   const float* code;  // [2^bits] decoded values; nullptr for integers
+  bool exact16;       // fp16 and bf16 hold what a code stands for: its value, or q - zero
 };
 
 const std::vector<FormatInfo>& format_table();

@@ -57,7 +57,7 @@ AOTIMetalShaderLibraryHandle library_of(const char* op, const Variant& v) {
   return library;
 }
 
-constexpr int kFormats = 11, kElements = 3;
+constexpr int kFormats = 16, kElements = 3;  // as many as params.h has bits for
 using Cache = std::atomic<AOTIMetalKernelFunctionHandle>[kShaderCount][kFormats][kElements]
                                                         [kKernelsPerShader];
 
@@ -104,7 +104,7 @@ std::string kernel_name(const Pipeline& p) {
   static const char* const packing[] = {"pack_codes",   "pack_table", "unpack_codes",
                                         "unpack_table", "clear_ends", "copy_ints"};
   static const char* const encoders[] = {"int",      "int_zeros", "float_zeros", "offsets",
-                                         "fp8_e4m3", "fp8_e5m2",  "fp4_e2m1",    "nf4"};
+                                         "fp8_e4m3", "fp8_e5m2",  "fp4_e2m1",    "book"};
   switch (p.variant.shader) {
     case Shader::kStream:
       return concat("stream_m", rows[p.index % 4], format_of(p), p.index < 4 ? "" : "_affine",

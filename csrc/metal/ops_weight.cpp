@@ -17,10 +17,11 @@ uint32_t groups_of(int64_t items) { return static_cast<uint32_t>(div_up(items, k
 
 // ---- quantize ----------------------------------------------------------------------------------------------------------
 
-// The kernel's index among its shader's: by zeros for integers, by format for the rest.
+// The kernel's index among its shader's: by zeros for integers, by format for the rest. Books, which come last, share one.
 int encoder_of(const Desc& desc) {
   if (format_info(desc.format).is_integer) return static_cast<int>(desc.zero_kind);
-  return static_cast<int>(desc.format) - static_cast<int>(Format::kFp8E4m3) + 4;
+  return static_cast<int>(std::min(desc.format, Format::kNf4)) -
+         static_cast<int>(Format::kFp8E4m3) + 4;
 }
 
 // A SIMD-group per group of weights up to here, eight beyond.

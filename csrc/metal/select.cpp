@@ -58,7 +58,8 @@ bool defer_matrix(const KernelRow& row, const Problem& p, const Why& why) {
 
 bool refuse_exact(const KernelRow& row, const Problem& p, const MetalTile4& weight,
                   const Why& why) {
-  if (p.desc.format == Format::kNf4) return why("nf4's levels are not exact in half");
+  const FormatInfo& info = format_info(p.desc.format);
+  if (!info.exact16) return why(info.name, "'s levels are not exact in half");
   if (p.desc.zero_kind == ZeroKind::kFloat || p.desc.zero_kind == ZeroKind::kOffset)
     return why("weights with zeros=", name_of(p.desc.zero_kind), " are not exact in half");
   if (weight.groups > 1 && weight.group_size % 32 != 0)

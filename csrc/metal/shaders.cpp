@@ -29,6 +29,10 @@ const char* enumerator_of(Format format) {
       return "kFp4E2m1";
     case Format::kNf4:
       return "kNf4";
+    case Format::kIq4Nl:
+      return "kIq4Nl";
+    case Format::kBnbFp4:
+      return "kBnbFp4";
   }
   fail("format=", static_cast<int>(format), " has no shaders");
 }

@@ -8,13 +8,13 @@
 //   float zeros   the same s                z = R(-lo / s)               q = clamp(rne(x / s + z), 0, top)
 //                 (with zeros, lo = min(x, 0) and hi = max(x, 0))
 //   offset        s = R((max - min) / top)  o = R(min)                   q = clamp(rne((x - o) / s), 0, top)
-//   code book     s = R(amax / largest)     t = x / s, clamped           fp8, fp4: rne in the format; nf4: midpoints below t
+//   code book     s = R(amax / largest)     t = x / s, clamped           fp8, fp4: rne in the format; others: midpoints below t
 //   powers of two s = 2^(floor(log2 amax) - floor(log2 largest))         where there are no zeros (OCP MX)
 //
 // Under a scale of all scales u, R(s) stands for R(s / u) * u.
 //
-// A group without extent has s = 1; an s that would round to 0 becomes the dtype's smallest number; a group with a NaN
-// has a NaN scale.
+// A group without extent has s = 1, or 0 where no code is 0 (iq4_nl; as powers of two have no 0, the smallest of those); an s
+// that would round to 0 becomes the dtype's smallest number; a group with a NaN has a NaN scale.
 //
 // Scalar functions of IEEE operations in a fixed order: ties to even, correctly rounded division, no contraction
 // (-ffp-contract=off, nvcc -fmad=false), no table, no library call. Loops over a group and sums over it belong to whoever
@@ -237,14 +237,14 @@ struct FloatEncoder {
   LOWBIT_HD Float32 value(Float32 x) const { return level(x) * p.scale; }
 };
 
-// NF4: the nearest of 16 levels; a tie goes to the lower one.
-struct Nf4Encoder {
+// Code books that follow no rule: the nearest of 16 levels, which ascend; a tie goes to the lower one.
+struct BookEncoder {
   enum : int { kZeros = static_cast<int>(ZeroKind::kNone) };
   Affine p;
   Float32 levels[16], middle[15];
 
   template <class Table>
-  LOWBIT_HD explicit Nf4Encoder(Table table) : p{} {
+  LOWBIT_HD explicit BookEncoder(Table table) : p{} {
     LOWBIT_UNROLL
     for (int i = 0; i < 16; ++i) levels[i] = table[i];
     LOWBIT_UNROLL
@@ -281,7 +281,8 @@ struct Range {
 enum class Mirror : int {
   kNothing,   // every code has its opposite
   kLongSide,  // codes reach further down (-8) than up (7), so the larger extreme of a group decides
-  kBoth  // and much follows from it: both signs are tried (two bits: -2 .. 1; nf4: seven levels below 0, eight above)
+  kBoth  // and much follows from it: both signs are tried (two bits: -2 .. 1; nf4: seven levels below 0, eight above;
+         // iq4_nl: -127 .. 113, and no 0)
 };
 
 LOWBIT_HD inline Mirror mirror_of(Format format) {
@@ -289,6 +290,7 @@ LOWBIT_HD inline Mirror mirror_of(Format format) {
     case Format::kInt2:
     case Format::kInt3:
     case Format::kNf4:
+    case Format::kIq4Nl:
       return Mirror::kBoth;
     case Format::kInt4:
     case Format::kInt5:
@@ -300,12 +302,15 @@ LOWBIT_HD inline Mirror mirror_of(Format format) {
   }
 }
 
+LOWBIT_HD inline bool has_zero(Format format) { return format != Format::kIq4Nl; }
+
 // The parts of a quantizer's job that scale and zero depend on.
 struct CodeGrid {
   ScaleStorage scales;
   int bits;
   Float32 max;  // FormatInfo::max
   Mirror mirror;
+  bool has_zero;  // among the codes
 };
 
 LOWBIT_HD inline Float32 power_below(Float32 value) {
@@ -315,9 +320,11 @@ LOWBIT_HD inline Float32 power_below(Float32 value) {
 // Symmetric codes and code books: the largest magnitude goes to the largest code. Powers of two are taken by OCP's rule, the
 // exponent of the magnitude less that of the largest code, so that up to a quarter of the range is clipped.
 LOWBIT_HD inline Float32 symmetric_scale(CodeGrid grid, Float32 magnitude) {
-  if (grid.scales.dtype != ScaleDtype::kE8m0)
+  if (grid.scales.dtype != ScaleDtype::kE8m0) {
+    if (magnitude == 0.0f && !grid.has_zero) return 0.0f;
     return rounded_scale(magnitude / grid.max, grid.scales);
-  if (magnitude == 0.0f) return 1.0f;
+  }
+  if (magnitude == 0.0f) return grid.has_zero ? Float32(1.0f) : bits_float(0x00400000u);
   const Float32 scale = power_below(magnitude) / power_below(grid.max);
   return scale < bits_float(0x00400000u) ? bits_float(0x00400000u)
                                          : rounded(scale, grid.scales.dtype);

@@ -3,8 +3,8 @@
 The string form is the one used everywhere: on the command line, in `overrides`, in manifests.
 
     scheme      = ( format | named ) { "-" option } options in any order, each at most once
-    format      = int2 | int3 | int4 | int5 | int6 | int8 | fp8 | fp8_e5m2 | fp4 | nf4
-                  (fp8 is short for fp8_e4m3, fp4 for fp4_e2m1)
+    format      = int2 | int3 | int4 | int5 | int6 | int8 | fp8 | fp8_e5m2 | fp4 | nf4 | iq4_nl | bnb_fp4
+                  (fp8 is short for fp8_e4m3, fp4 for fp4_e2m1; bnb_fp4 is what bitsandbytes calls FP4)
     named       = mxfp4 | mxfp8                     OCP MX: fp4-g32-e8m0, fp8-g32-e8m0
                 | nvfp4                             fp4-g16-e4m3-xfp32
     option      = groups | flat | zero | scale | super | activation | rounding
@@ -157,7 +157,7 @@ class Scheme:
     """How to quantize a weight W[N, K], and optionally the input x[..., K] it multiplies. Immutable and hashable.
 
     Args:
-        format: element format: int2 int3 int4 int5 int6 int8 fp8 (= fp8_e4m3) fp8_e5m2 fp4 (= fp4_e2m1) nf4.
+        format: element format: int2 int3 int4 int5 int6 int8 fp8 (= fp8_e4m3) fp8_e5m2 fp4 (= fp4_e2m1) nf4 iq4_nl bnb_fp4.
         group_size: weights along K that share a scale; a multiple of 8, or -1 for all of K.
         zero_kind: "none" (symmetric), "int", "float" or "offset"; integer formats only.
         scale_dtype: "float32", "float16", "bfloat16", "e8m0" or "e4m3"; under a second scale also "uint4", "uint6", "int6",

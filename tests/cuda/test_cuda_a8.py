@@ -13,7 +13,7 @@ import reference
 from kernel_cases import ACTIVATIONS, Quantized, forced, on, quantized
 from kernel_cases import expected_a8 as expected
 from problems import A8, cuda_desc, group_sizes, pack
-from reference import Spec, Weight
+from reference import Spec, Weight, exact16
 
 SHAPES = ((130, 320), (63, 136), (65, 100), (1, 16), (64, 128), (200, 24))
 
@@ -44,7 +44,7 @@ def takes(kernel: str, kind: str, activation: str) -> bool:
         return is_int and zero_kind in ("none", "int") and activation.startswith("int8")
     if kernel.startswith("a8_fp8"):
         return format.startswith("fp8") and activation.startswith("fp8")
-    return zero_kind in ("none", "int") and format != "nf4"
+    return zero_kind in ("none", "int") and exact16(format)
 
 
 def own_kind(kernel: str) -> tuple[str, str]:

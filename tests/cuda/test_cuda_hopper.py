@@ -61,7 +61,7 @@ def test_every_plan_within_the_bound(backend: Any, kernel: str, plan: str) -> No
         Spec("int3", "offset", 48, "float32"),
         Spec("int8", "int", 192, "bfloat16"),
         Spec("fp8_e4m3", "none", 128, "float32", "block128"),
-        Spec("nf4", "none", -1, "bfloat16"),
+        Spec("bnb_fp4", "none", -1, "bfloat16"),
         Spec("int2", "float", 16, "bfloat16"),
     )
     for i in range(2):

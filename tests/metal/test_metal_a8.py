@@ -14,7 +14,7 @@ from kernel_cases import ACTIVATIONS, Quantized, forced, on, quantized
 from kernel_cases import expected_a8 as expected
 from lowbit import _C
 from metal_problems import A8, group_sizes, metal_desc, pack
-from reference import Spec, Weight
+from reference import Spec, Weight, exact16
 
 SHAPES = ((70, 264), (33, 136), (65, 100), (1, 16), (64, 128), (130, 24))
 
@@ -34,7 +34,7 @@ def takes(kernel: str, kind: str, group: int) -> bool:
     format, zero_kind, _ = cases.KINDS[kind]
     if not kernel.startswith("matrix_exact"):
         return True
-    return zero_kind in ("none", "int") and format != "nf4" and (group == -1 or group % 32 == 0)
+    return zero_kind in ("none", "int") and exact16(format) and (group == -1 or group % 32 == 0)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -291,11 +291,12 @@ struct Fp8TableCodec {
   static constexpr bool kScaledInside = false;
   V::ByteLut low, high;
 
-  explicit Fp8TableCodec(const WeightView& w) {
+  explicit Fp8TableCodec(const WeightView& w) : Fp8TableCodec(w.code) {}
+  explicit Fp8TableCodec(const float* code) {
     uint8_t halves[2][128];
     for (int q = 0; q < 128; ++q) {
       uint32_t bits;
-      __builtin_memcpy(&bits, w.code + q, 4);
+      __builtin_memcpy(&bits, code + q, 4);
       halves[0][q] = static_cast<uint8_t>(bits >> 16);
       halves[1][q] = static_cast<uint8_t>(bits >> 24);
     }
@@ -417,6 +418,8 @@ void with_codec(const WeightView& w, const Action& action) {
     case Format::kFp4E2m1:
       return action(Fp4Codec(w));
     case Format::kNf4:
+    case Format::kIq4Nl:
+    case Format::kBnbFp4:
       return action(Code4Codec<false>(w));
   }
 }

@@ -1,6 +1,6 @@
 // gemm for many rows of bf16 activations with bf16 dot products: twice the multiply-adds of fp32 per instruction.
 //
-// Where the codes are exact in bf16 (integers less their zero, FP8, FP4) and groups are not short, the panel holds codes,
+// Where the codes are exact in bf16 (integers less their zero, FP8, FP4 E2M1, IQ4_NL) and groups are not short, the panel holds codes,
 // not weights: sums run over one group (at most 256 of K) and then take its scale in fp32, so that nothing is rounded
 // that panel_f32 would not round. Elsewhere it holds weights, rounded to bf16 once, and sums run over 256 of K. As in panel_f32 the order of additions depends on K alone: this
 // kernel is batch-invariant. x comes with the middle two of every four k exchanged, as decode_bf16-inl.h has them.
@@ -122,7 +122,7 @@ struct Bf16Strips {
 
 // Below 64 the sums take longer to be scaled than weights.
 inline bool keeps_codes(const WeightView& w) {
-  return w.group_size >= 64 && w.format != Format::kNf4 &&
+  return w.group_size >= 64 && w.exact16 &&
          (w.zero_kind == ZeroKind::kNone || w.zero_kind == ZeroKind::kInt);
 }
 

@@ -2,8 +2,8 @@
 // each weight is read once. Half the instructions of gemm_stream-inl.h, which looks up floats, and no panel as
 // gemm_panel_bf16-inl.h has, which goes through memory.
 //
-// Values of codes are exact in bf16, but for NF4's 16 levels, which are rounded to it once. Scales are not: the sums over a group
-// take them in fp32. Every sum is two chains whose order depends on K alone, not on M or on the other rows, so this kernel is
+// Values of codes are exact in bf16, but for the levels of NF4 and bitsandbytes' FP4, which are rounded to it once. Scales are
+// not: the sums over a group take them in fp32. Every sum is two chains whose order depends on K alone, not on M or on the other rows, so this kernel is
 // batch-invariant. x comes with the middle two of every four k exchanged, as decode_bf16-inl.h has them. Included after V,
 // codec-inl.h, decode_bf16-inl.h, epilogue-inl.h and pairs-inl.h; V needs broadcast_pair and dot2.
 

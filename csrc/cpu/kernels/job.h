@@ -24,6 +24,7 @@ struct WeightView {
   int64_t strip_bytes, scales_offset, zeros_offset;
   int bits;
   const float* code;             // [2^bits] of a code-book format, else null
+  bool exact16;                  // FormatInfo::exact16
   const struct CpuTile16* tile;  // the whole geometry, for the general kernels
 
   // Scales, and offsets, are floats. Those that are not get expanded to floats before a kernel sees them (cpu/expanded.h):

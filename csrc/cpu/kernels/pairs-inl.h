@@ -9,7 +9,7 @@ struct Pairs {
   V::I even, odd;
 };
 
-// The upper halves of floats, rounded to the nearest: exact but for nf4's levels.
+// The upper halves of floats, rounded to the nearest: exact but for the levels of nf4 and bnb_fp4.
 inline uint16_t bfloat_bits(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);

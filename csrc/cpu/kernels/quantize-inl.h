@@ -73,7 +73,11 @@ inline Range range_of(const float* values, int64_t count) {
 }
 
 inline CodeGrid grid_of(const QuantizeJob& job) {
-  return {{job.scale_dtype, job.super_scale}, job.bits, job.max, mirror_of(job.format)};
+  return {{job.scale_dtype, job.super_scale},
+          job.bits,
+          job.max,
+          mirror_of(job.format),
+          has_zero(job.format)};
 }
 
 // `e` holds round-to-nearest's parameters; afterwards the best found.
@@ -126,7 +130,9 @@ void quantize_group(const QuantizeJob& job) {
     case Format::kFp4E2m1:
       return quantize_float<2, 1>(job);
     case Format::kNf4:
-      return quantize_with<ZeroKind::kNone>(job, Nf4Encoder(job.code));
+    case Format::kIq4Nl:
+    case Format::kBnbFp4:
+      return quantize_with<ZeroKind::kNone>(job, BookEncoder(job.code));
     default:
       break;
   }

@@ -104,7 +104,7 @@ struct Fp8Bytes<Format::kFp4E2m1> {
   }
 };
 
-// q - 8, looked up in registers as nf4 is (codec/nf4.cuh): four codes by three prmt.
+// q - 8, looked up in registers as code books are (codec/book.cuh): four codes by three prmt.
 template <>
 struct Fp8Bytes<Format::kInt4> {
   using Words = CellWords<1>;

@@ -4,9 +4,10 @@
 //   Codec<format>::kInteger                    whether codes are integers, with zeros
 //   Codec<format>::kExact                      whether both 16-bit types hold every decoded value
 //   Codec<format>::zero<T>(z)                  integers: what a row's zero is to decode()
-//   Codec<format>::decode<T>(words, i, zero_g, zero_g8, a)
+//   Codec<format>::decode<T>(w, words, i, zero_g, zero_g8, a)
 //                                              fragment i: q - zero, or the code's value
-//   Codec<format>::decode_rest<T>(words, i, a) where not exact: what decode() rounded away
+//   Codec<format>::decode_rest<T>(w, words, i, a)
+//                                              where not exact: what decode() rounded away
 //
 // T is Float16 or BFloat16. Rows g and g + 8 of a fragment have their own zeros; registers 0 and 2 of A are row g.
 //
@@ -21,10 +22,11 @@
 //   fp8_e4m3      1.75 + 1.5 f      1.75 + 1.5 f
 //   fp8_e5m2      0.75              0.75, and 1.5 conversions
 //   fp4_e2m1      1.9 + 0.5 f       1.9 + 0.5 f
-//   nf4           2.75              2.75
+//   nf4 and others 2.75             2.75
 #pragma once
 
 #include "cuda/codec/planes.cuh"
+#include "cuda/params.h"
 
 namespace lowbit::cuda {
 
@@ -33,6 +35,6 @@ struct Codec;
 
 }  // namespace lowbit::cuda
 
+#include "cuda/codec/book.cuh"
 #include "cuda/codec/fp.cuh"
 #include "cuda/codec/integer.cuh"
-#include "cuda/codec/nf4.cuh"

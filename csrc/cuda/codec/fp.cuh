@@ -33,8 +33,8 @@ struct Codec<Format::kFp4E2m1> {
   using Words = CellWords<1>;
 
   template <class T>
-  static __device__ void decode(const Words& words, int fragment, uint32_t, uint32_t,
-                                uint32_t (&a)[4]) {
+  static __device__ void decode(const WeightParams&, const Words& words, int fragment, uint32_t,
+                                uint32_t, uint32_t (&a)[4]) {
     const uint32_t word = words.word[0][fragment];
     constexpr uint32_t power = bias_power<T, 2>();
     a[0] = multiply<T>(place_number<T, 2, 1, 0>(word), power);
@@ -62,8 +62,8 @@ struct Codec<Format::kFp8E4m3> {
   }
 
   template <class T>
-  static __device__ void decode(const Words& words, int fragment, uint32_t, uint32_t,
-                                uint32_t (&a)[4]) {
+  static __device__ void decode(const WeightParams&, const Words& words, int fragment, uint32_t,
+                                uint32_t, uint32_t (&a)[4]) {
     a[0] = value<T>(place_number<T, 4, 3, 0>(words.word[0][fragment]));
     a[1] = value<T>(place_number<T, 4, 3, 8>(words.word[0][fragment]));
     a[2] = value<T>(place_number<T, 4, 3, 0>(words.word[1][fragment]));
@@ -88,8 +88,8 @@ struct Codec<Format::kFp8E5m2> {
   }
 
   template <class T>
-  static __device__ void decode(const Words& words, int fragment, uint32_t, uint32_t,
-                                uint32_t (&a)[4]) {
+  static __device__ void decode(const WeightParams&, const Words& words, int fragment, uint32_t,
+                                uint32_t, uint32_t (&a)[4]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const uint32_t word = words.word[j][fragment];

@@ -40,8 +40,8 @@ struct IntegerCodec {
   }
 
   template <class T>
-  static __device__ void decode(const Words& words, int fragment, uint32_t zero_g, uint32_t zero_g8,
-                                uint32_t (&a)[4]) {
+  static __device__ void decode(const WeightParams&, const Words& words, int fragment,
+                                uint32_t zero_g, uint32_t zero_g8, uint32_t (&a)[4]) {
     constexpr uint32_t magic = twice(T::bits(1 << T::kMantissaBits));
     a[0] = add<T>(integer_field<kFormat, 0>(words, fragment, magic), zero_g);
     a[1] = add<T>(integer_field<kFormat, 1>(words, fragment, magic), zero_g8);
@@ -73,10 +73,10 @@ struct Codec<Format::kInt8> : IntegerCodec<Format::kInt8> {
   }
 
   template <class T>
-  static __device__ void decode(const Words& words, int fragment, uint32_t zero_g, uint32_t zero_g8,
-                                uint32_t (&a)[4]) {
+  static __device__ void decode(const WeightParams& w, const Words& words, int fragment,
+                                uint32_t zero_g, uint32_t zero_g8, uint32_t (&a)[4]) {
     if constexpr (T::kMantissaBits >= 8) {
-      IntegerCodec<Format::kInt8>::decode<T>(words, fragment, zero_g, zero_g8, a);
+      IntegerCodec<Format::kInt8>::decode<T>(w, words, fragment, zero_g, zero_g8, a);
     } else {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {

@@ -1,4 +1,4 @@
-// 8-bit activations times whatever codes bfloat16 holds exactly: int8 or e4m3 x integers, fp8, fp4. Both sides are decoded
+// 8-bit activations times whatever codes bfloat16 holds exactly: int8 or e4m3 x integers, fp8, fp4, iq4_nl. Both sides are decoded
 // to bf16 in registers, products are exact in fp32, and scales meet the sums of a group. What the 8-bit tensor cores do not
 // multiply with each other, and fp8 on devices without fp8 tensor cores.
 //
@@ -48,7 +48,7 @@ class DecodeMath {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
       uint32_t a[4];
-      Codec<kFormat>::template decode<T>(words, i, zeros[2 * i], zeros[2 * i + 1], a);
+      Codec<kFormat>::template decode<T>(p_.w, words, i, zeros[2 * i], zeros[2 * i + 1], a);
 #pragma unroll
       for (int j = 0; j < kBlocks8; ++j) T::mma(parts[i][j], a, b[j][0], b[j][1]);
     }

@@ -12,12 +12,14 @@
 //
 // with start = 2^23, or 2^23 + z where z is an integer (exact either way), zero = 0 where there is none, and offset = -0
 // where there is none: adding -0 changes no number, adding +0 would turn -0 around.
+#include <algorithm>
+
 #include "common/check.h"
 #include "cuda/code_values.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/launchers.h"
-#include "formats/codebooks.h"
+#include "formats/format_table.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -37,14 +39,14 @@ struct DequantizeParams {
   bool vectors;  // rows of the output start on 16-byte boundaries
   int64_t
       staged;  // with perm: bytes of the row in shared memory, 0 = written where it belongs directly
-  float nf4[16];
+  float levels[16];
 };
 
 // ---- codes -> exact floats ---------------------------------------------------------------------------------------------
 
 // 2^23 + q for integers; the code's value for code books.
 template <Format kFormat>
-__device__ float base_value(uint32_t q, const float* nf4) {
+__device__ float base_value(uint32_t q, const float* levels) {
   if constexpr (is_integer(kFormat)) {
     return ptx::bits_as_float(0x4b000000u | q);
   } else if constexpr (kFormat == Format::kFp8E4m3) {
@@ -54,7 +56,7 @@ __device__ float base_value(uint32_t q, const float* nf4) {
   } else if constexpr (kFormat == Format::kFp4E2m1) {
     return fp4_e2m1_value(q);
   } else {
-    return nf4[q];  // 16 entries in 16 banks: lanes that differ do not collide
+    return levels[q];  // 16 entries in 16 banks: lanes that differ do not collide
   }
 }
 
@@ -101,8 +103,8 @@ __device__ Formula formula_of(const CanonicalParams& c, const Unit& u) {
 }
 
 template <Format kFormat>
-__device__ float weight(uint32_t q, const Formula& f, const float* nf4) {
-  const float base = base_value<kFormat>(q, nf4);
+__device__ float weight(uint32_t q, const Formula& f, const float* levels) {
+  const float base = base_value<kFormat>(q, levels);
   if constexpr (!is_integer(kFormat)) return ptx::mul_rn(base, f.scale);
   const float level = ptx::sub_rn(ptx::sub_rn(base, f.start), f.zero);
   return ptx::add_rn(ptx::mul_rn(level, f.scale), f.offset);
@@ -179,25 +181,25 @@ __device__ void store_unit(const DequantizeParams& p, int64_t n, int64_t k, cons
 }
 
 template <Format kFormat>
-__device__ void decode_unit(const CanonicalParams& c, const Unit& u, const float* nf4,
+__device__ void decode_unit(const CanonicalParams& c, const Unit& u, const float* levels,
                             float (&w)[8]) {
   constexpr int kBits = bits_of(kFormat);
   const Formula f = formula_of<kFormat>(c, u);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     w[i] = weight<kFormat>(static_cast<uint32_t>(u.codes >> (i * kBits)) & ((1u << kBits) - 1u), f,
-                           nf4);
+                           levels);
 }
 
-__device__ void load_nf4(const DequantizeParams& p, float* nf4) {
-  if (threadIdx.x < 16) nf4[threadIdx.x] = p.nf4[threadIdx.x];
+__device__ void load_levels(const DequantizeParams& p, float* levels) {
+  if (threadIdx.x < 16) levels[threadIdx.x] = p.levels[threadIdx.x];
   ptx::sync_block();
 }
 
 template <Format kFormat>
 __global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(const DequantizeParams p) {
-  float* nf4 = reinterpret_cast<float*>(dynamic_shared());
-  if constexpr (kFormat == Format::kNf4) load_nf4(p, nf4);
+  float* levels = reinterpret_cast<float*>(dynamic_shared());
+  if constexpr (kFormat == kBookCodec) load_levels(p, levels);
   // One long division per block; within it, offsets are small.
   const int64_t first = blockIdx.x * int64_t{kThreads * kUnits};
   const int64_t row0 = first / p.units_per_row.divisor;
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(const Dequantiz
 #pragma unroll
   for (int j = 0; j < kUnits; ++j) {
     float w[8];
-    decode_unit<kFormat>(p.from, units[j], nf4, w);
+    decode_unit<kFormat>(p.from, units[j], levels, w);
     if (inside(n[j], p.from.N)) store_unit(p, n[j], at[j] * int64_t{8}, w);
   }
 }
@@ -227,15 +229,15 @@ __global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(const Dequantiz
 template <Format kFormat>
 __global__ void __launch_bounds__(kThreads, 4)
     dequantize_permuted_kernel(const DequantizeParams p) {
-  float* nf4 = reinterpret_cast<float*>(dynamic_shared());
-  if constexpr (kFormat == Format::kNf4) load_nf4(p, nf4);
+  float* levels = reinterpret_cast<float*>(dynamic_shared());
+  if constexpr (kFormat == kBookCodec) load_levels(p, levels);
   uint8_t* stage = dynamic_shared() + 64;
   const int64_t n = blockIdx.x;
   const int size = element_bytes(p.type);
   uint8_t* row = static_cast<uint8_t*>(p.to) + n * p.from.K * size;
   for (int64_t unit = threadIdx.x; unit < p.units_per_row.divisor; unit += kThreads) {
     float w[8];
-    decode_unit<kFormat>(p.from, load_unit<kFormat>(p, n, static_cast<uint32_t>(unit)), nf4, w);
+    decode_unit<kFormat>(p.from, load_unit<kFormat>(p, n, static_cast<uint32_t>(unit)), levels, w);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (inside(unit * 8 + i, p.from.K))
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <Format kFormat>
 void start(DequantizeParams p, Stream stream) {
-  constexpr int64_t kTable = 64;              // bytes of the nf4 table
+  constexpr int64_t kTable = 64;              // bytes of the levels
   constexpr int64_t kMostShared = 48 * 1024;  // what every device gives without being asked
   // Wide loads also need rows of whole units: nothing is read behind the last one.
   p.aligned = is_aligned(p.from.packed, p.from.row_bytes, kLoadBytes<bits_of(kFormat)>) &&
@@ -291,8 +293,8 @@ void launch_dequantize(const CanonicalParams& from, void* to, Element type, Stre
                      is_aligned(to, from.K * element_bytes(type), 16),
                      0,
                      {}};
-  for (int i = 0; i < 16; ++i) p.nf4[i] = kNf4Code[static_cast<size_t>(i)];
-  switch (from.format) {
+  if (has_book(from.format)) std::copy_n(format_info(from.format).code, 16, p.levels);
+  switch (codec_of(from.format)) {
     case Format::kInt4:
       return start<Format::kInt4>(p, stream);
     case Format::kInt3:
@@ -301,8 +303,8 @@ void launch_dequantize(const CanonicalParams& from, void* to, Element type, Stre
       return start<Format::kInt8>(p, stream);
     case Format::kFp8E4m3:
       return start<Format::kFp8E4m3>(p, stream);
-    case Format::kNf4:  // also where formats are few: the only one with a table
-      return start<Format::kNf4>(p, stream);
+    case kBookCodec:  // also where formats are few: the only one with levels
+      return start<kBookCodec>(p, stream);
 #if !defined(LOWBIT_EMULATOR_ONE_FORMAT)
     case Format::kInt2:
       return start<Format::kInt2>(p, stream);

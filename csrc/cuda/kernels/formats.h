@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "common/enums.h"
+#include "cuda/code_values.cuh"
 #include "cuda/float16.cuh"
 #include "cuda/runtime.h"
 
@@ -12,16 +13,16 @@
 #define LOWBIT_FOR_INT34(X) X(Format::kInt3) X(Format::kInt4)
 #define LOWBIT_FOR_INT256(X)
 #define LOWBIT_FOR_BYTES(X) X(Format::kFp8E4m3)
-#define LOWBIT_FOR_FP4_NF4(X)
+#define LOWBIT_FOR_FP4_BOOKS(X)
 #else
 #define LOWBIT_FOR_INT34(X) X(Format::kInt3) X(Format::kInt4)
 #define LOWBIT_FOR_INT256(X) X(Format::kInt2) X(Format::kInt5) X(Format::kInt6)
 #define LOWBIT_FOR_BYTES(X) X(Format::kInt8) X(Format::kFp8E4m3) X(Format::kFp8E5m2)
-#define LOWBIT_FOR_FP4_NF4(X) X(Format::kFp4E2m1) X(Format::kNf4)
+#define LOWBIT_FOR_FP4_BOOKS(X) X(Format::kFp4E2m1) X(kBookCodec)
 #endif
 
 #define LOWBIT_FOR_EACH_FORMAT(X) \
-  LOWBIT_FOR_INT34(X) LOWBIT_FOR_INT256(X) LOWBIT_FOR_BYTES(X) LOWBIT_FOR_FP4_NF4(X)
+  LOWBIT_FOR_INT34(X) LOWBIT_FOR_INT256(X) LOWBIT_FOR_BYTES(X) LOWBIT_FOR_FP4_BOOKS(X)
 
 namespace lowbit::cuda {
 
@@ -38,10 +39,10 @@ void with_type(const char* name, Element type, Run run) {
   run(BFloat16{});
 }
 
-// Calls run(std::integral_constant<Format, format>{}).
+// Calls run(std::integral_constant<Format, codec_of(format)>{}).
 template <class Run>
 void with_format(const char* name, Format format, Run run) {
-  switch (format) {
+  switch (codec_of(format)) {
 #define LOWBIT_CASE(known) \
   case known:              \
     return run(std::integral_constant<Format, known>{});

@@ -65,7 +65,7 @@ struct Rows {
 
 // sums[4 * row + token] += a lane's share of the k in [begin, end), in fp32.
 __device__ void add_floats(const WeightParams& w, const TileReader& reader, const Rows& rows,
-                           const Tokens& x, const float* nf4, int lane, float (&sums)[32]) {
+                           const Tokens& x, const float* levels, int lane, float (&sums)[32]) {
   const int slot = lane / 4, t = lane % 4;
   const bool is_integer = reader.is_integer();
   for (int32_t k0 = 8 * slot; k0 < w.K; k0 += kSpan) {
@@ -92,7 +92,7 @@ __device__ void add_floats(const WeightParams& w, const TileReader& reader, cons
           scale = reader.scale(rows.strip, group[1], rows.g, j);
           third = reader.third(rows.strip, group[1], rows.g, j);
         }
-        const float value = code_value(w.format, reader.code(codes, j, e), nf4);
+        const float value = code_value(w.format, reader.code(codes, j, e), levels);
         // Past K the scale of the last group would still apply, and an infinite one make a NaN of 0 * x.
         const float weight =
             real[e] ? weight_value(value, scale, third, w.zero_kind, is_integer) : 0.0f;
@@ -134,9 +134,9 @@ __device__ void add_products(const WeightParams& w, const TileReader& reader, co
 
 // This lane's output (row lane / 4, token lane % 4), in units of a scale per token.
 __device__ float dot_floats(const WeightParams& w, const TileReader& reader, const Rows& rows,
-                            const Tokens& x, const float* nf4, int lane) {
+                            const Tokens& x, const float* levels, int lane) {
   float sums[32] = {};
-  add_floats(w, reader, rows, x, nf4, lane, sums);
+  add_floats(w, reader, rows, x, levels, lane, sums);
   return sum_over_lanes(sums, lane);
 }
 
@@ -165,7 +165,7 @@ __device__ float dot_integers(const WeightParams& w, const RowsParams& rows_of_x
 // kExact: int32 sums.
 template <bool kExact>
 __global__ void __launch_bounds__(32 * kGeneralWarps) general_kernel(const GemmParams p) {
-  const float* nf4 = shared_levels();
+  const float* levels = shared_levels(p.w);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const TileReader reader(p.w);
   const int64_t token_groups = div_up(p.x.M, kGeneralTokens);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(32 * kGeneralWarps) general_kernel(const GemmP
     if constexpr (kExact) {
       y = dot_integers(p.w, p.x, reader, rows, x, lane);
     } else {
-      y = dot_floats(p.w, reader, rows, x, nf4, lane);
+      y = dot_floats(p.w, reader, rows, x, levels, lane);
     }
     const int64_t n = strip * kStripRows + rows.g + 8 * (lane / 4), m = m0 + lane % 4;
     if (!inside(n, int64_t{p.w.N}) || !inside(m, int64_t{p.x.M})) continue;

@@ -53,10 +53,10 @@ __device__ Value sum_over_lanes(Value (&values)[32], int lane) {
   return values[0];
 }
 
-// nf4's levels, in the block's shared memory.
-__device__ inline const float* shared_levels() {
+// The levels of a weight's code book, in the block's shared memory.
+__device__ inline const float* shared_levels(const WeightParams& w) {
   float* levels = reinterpret_cast<float*>(dynamic_shared());
-  stage_nf4(levels);
+  if (threadIdx.x < 16) levels[threadIdx.x] = w.levels[threadIdx.x];
   ptx::sync_block();
   return levels;
 }

@@ -24,7 +24,7 @@ __device__ void add_products(const GemmParams& p, int64_t m0, int64_t n, const f
 }
 
 // The same for the lane's rows of one strip, decoded.
-__device__ void add_strip(const GemmParams& p, const TileReader& reader, const float* nf4,
+__device__ void add_strip(const GemmParams& p, const TileReader& reader, const float* levels,
                           int64_t strip, int cell, int64_t m0, int lane, float (&sums)[4 * kRows]) {
   const int g = lane / 4, t = lane % 4;
   const uint8_t* data = reader.strip(strip);
@@ -51,7 +51,7 @@ __device__ void add_strip(const GemmParams& p, const TileReader& reader, const f
       for (int c = 0; c < 4; ++c) {
         const float scale = reader.scale(data, group[c], g, row);
         const float third = reader.third(data, group[c], g, row);
-        const float value = code_value(p.w.format, reader.code(codes[c / 2], j, c % 2), nf4);
+        const float value = code_value(p.w.format, reader.code(codes[c / 2], j, c % 2), levels);
         weights[c] = weight_value(value, scale, third, p.w.zero_kind, is_integer);
       }
       add_products(p, m0, n, weights, sums);
@@ -63,7 +63,7 @@ __device__ void add_strip(const GemmParams& p, const TileReader& reader, const f
 
 static __global__ void __launch_bounds__(32 * kGeneralWarps)
     general_grad_kernel(const GemmParams p) {
-  const float* nf4 = shared_levels();
+  const float* levels = shared_levels(p.w);
   const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
   const TileReader reader(p.w);
   const int64_t cells = div_up(p.w.K, kCellK);
@@ -73,7 +73,7 @@ static __global__ void __launch_bounds__(32 * kGeneralWarps)
     const int64_t m0 = i / cells * kRows;
     float sums[4 * kRows] = {};
     for (int64_t strip = 0; strip < p.w.strips; ++strip)
-      add_strip(p, reader, nf4, strip, cell, m0, lane, sums);
+      add_strip(p, reader, levels, strip, cell, m0, lane, sums);
 #pragma unroll
     for (int v = 0; v < 4 * kRows; ++v) {
 #pragma unroll

@@ -215,7 +215,7 @@ class GradWarp {
       zeros[0] = Codec<kFormat>::template zero<T>(z & 0xffu);
       zeros[1] = Codec<kFormat>::template zero<T>(z >> 8);
     }
-    Codec<kFormat>::template decode<T>(words, 0, zeros[0], zeros[1], a);
+    Codec<kFormat>::template decode<T>(p_.w, words, 0, zeros[0], zeros[1], a);
     if (scaling_ == Scaling16::kFloats) {
       scale_floats<kFormat, T>(p_.w, words, 0, rows, g, a);
       return;
@@ -223,7 +223,7 @@ class GradWarp {
     const uint32_t pair = *reinterpret_cast<const uint32_t*>(rows.scales + (block ? 0 : 16 * g));
     const uint32_t scales[kLaneRows] = {ptx::prmt(pair, 0u, 0x1010u),
                                         ptx::prmt(pair, 0u, block ? 0x1010u : 0x3232u)};
-    scale_pairs<kFormat, T>(words, 0, scales, a);
+    scale_pairs<kFormat, T>(p_.w, words, 0, scales, a);
   }
 
   const GemmParams& p_;

@@ -111,13 +111,13 @@ class HopperMatrix : public Consumer<kTile> {
     if (scaling_ == Scaling16::kPairs) {
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) {
-        Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a[i]);
-        scale_pairs<kFormat, T>(words, i, scales_, a[i]);
+        Codec<kFormat>::template decode<T>(p_.w, words, i, zeros_[2 * i], zeros_[2 * i + 1], a[i]);
+        scale_pairs<kFormat, T>(p_.w, words, i, scales_, a[i]);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) {
-        Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a[i]);
+        Codec<kFormat>::template decode<T>(p_.w, words, i, zeros_[2 * i], zeros_[2 * i + 1], a[i]);
         scale_floats<kFormat, T>(p_.w, words, i, rows, lane / 4, a[i]);
       }
     }

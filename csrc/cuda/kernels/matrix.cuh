@@ -234,9 +234,9 @@ class MatrixWarp {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
       uint32_t a[4];
-      Codec<kFormat>::template decode<T>(words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
+      Codec<kFormat>::template decode<T>(p_.w, words, i, zeros_[2 * i], zeros_[2 * i + 1], a);
       if constexpr (kScaling == Scaling16::kPairs) {
-        scale_pairs<kFormat, T>(words, i, scales_, a);
+        scale_pairs<kFormat, T>(p_.w, words, i, scales_, a);
       } else {
         scale_floats<kFormat, T>(p_.w, words, i, rows, lane_ / 4, a);
       }

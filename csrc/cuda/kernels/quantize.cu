@@ -1,6 +1,8 @@
 // quantize: which encoder and which division of labour a weight gets. The kernel is in quantize.cuh.
+#include <algorithm>
+
+#include "cuda/code_values.cuh"
 #include "cuda/kernels/quantize.cuh"
-#include "formats/codebooks.h"
 #include "formats/format_table.h"
 
 namespace lowbit::cuda {
@@ -18,9 +20,9 @@ struct Floats {
   using Encoder = rules::FloatEncoder<rules::SmallFloat<kExponentBits, kMantissaBits>>;
   __device__ static Encoder make(const QuantizeLaunch& p) { return {{}, p.grid.max}; }
 };
-struct Nf4 {
-  using Encoder = rules::Nf4Encoder;
-  __device__ static Encoder make(const QuantizeLaunch& p) { return Encoder(p.table); }
+struct Book {
+  using Encoder = rules::BookEncoder;
+  __device__ static Encoder make(const QuantizeLaunch& p) { return Encoder(p.levels); }
 };
 
 template <class Source>
@@ -67,11 +69,14 @@ void start_integers(const QuantizeLaunch& p, Stream stream) {
 
 void launch_quantize(const QuantizeParams& q, Stream stream) {
   const FormatInfo& info = format_info(q.shape.format);
-  const rules::CodeGrid grid{
-      {q.shape.scale_dtype, 1.0f}, info.bits, info.max, rules::mirror_of(q.shape.format)};
+  const rules::CodeGrid grid{{q.shape.scale_dtype, 1.0f},
+                             info.bits,
+                             info.max,
+                             rules::mirror_of(q.shape.format),
+                             rules::has_zero(q.shape.format)};
   QuantizeLaunch p{q, grid, 0, false, {}};
-  for (int i = 0; i < 16; ++i) p.table[i] = kNf4Code[static_cast<size_t>(i)];
-  switch (q.shape.format) {
+  if (has_book(q.shape.format)) std::copy_n(info.code, 16, p.levels);
+  switch (codec_of(q.shape.format)) {
     case Format::kFp8E4m3:
       return start<Floats<4, 3>>(p, stream);
 #if !defined(LOWBIT_EMULATOR_ONE_FORMAT)
@@ -79,8 +84,8 @@ void launch_quantize(const QuantizeParams& q, Stream stream) {
       return start<Floats<5, 2>>(p, stream);
     case Format::kFp4E2m1:
       return start<Floats<2, 1>>(p, stream);
-    case Format::kNf4:
-      return start<Nf4>(p, stream);
+    case kBookCodec:
+      return start<Book>(p, stream);
 #endif
     default:
       start_integers(p, stream);

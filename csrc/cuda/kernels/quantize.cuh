@@ -33,7 +33,7 @@ struct QuantizeLaunch {
   rules::CodeGrid grid;
   int64_t groups;      // of the whole weight
   bool shared_groups;  // a block per group
-  float table[16];     // nf4's code
+  float levels[16];    // of a code book
 };
 
 // One found scale: what the search compares.

@@ -12,38 +12,36 @@
 namespace lowbit {
 
 constexpr int bits_of(Format format) {
-  return format == Format::kInt2                                                           ? 2
-         : format == Format::kInt3                                                         ? 3
-         : format == Format::kInt5                                                         ? 5
-         : format == Format::kInt6                                                         ? 6
-         : format == Format::kInt4 || format == Format::kFp4E2m1 || format == Format::kNf4 ? 4
-                                                                                           : 8;
+  return format == Format::kInt2                                                               ? 2
+         : format == Format::kInt3                                                             ? 3
+         : format == Format::kInt5                                                             ? 5
+         : format == Format::kInt6                                                             ? 6
+         : format == Format::kInt8 || format == Format::kFp8E4m3 || format == Format::kFp8E5m2 ? 8
+                                                                                               : 4;
 }
 constexpr bool is_integer(Format format) { return int(format) <= int(Format::kInt8); }
+// Whether half holds what a code stands for.
+constexpr bool is_exact(Format format) {
+  return format != Format::kNf4 && format != Format::kBnbFp4;
+}
 constexpr int low_bits(Format format) {
   return bits_of(format) >= 8 ? 8 : bits_of(format) >= 4 ? 4 : 2;
 }
 constexpr int high_bits(Format format) { return bits_of(format) - low_bits(format); }
 
-// NF4: the 16 quantiles of QLoRA (arXiv 2305.14314, appendix E).
+// Code books that follow no rule.
 constant constexpr float kNf4[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
+#include "formats/nf4.inc"
 };
+constant constexpr float kIq4Nl[16] = {
+#include "formats/iq4_nl.inc"
+};
+constant constexpr float kBnbFp4[16] = {
+#include "formats/bnb_fp4.inc"
+};
+inline constant float* book_of(Format format) {
+  return format == Format::kIq4Nl ? kIq4Nl : format == Format::kBnbFp4 ? kBnbFp4 : kNf4;
+}
 
 // ---- words -------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +112,7 @@ inline half2 integers(thread const Words<kLow>& low, thread const Words<kHigh>& 
   return as_type<half2>(codes | 0x64006400u) - half2(half(1024.0f) + zero);
 }
 
-// The numbers of k = 2 * pair and 2 * pair + 1 in a row of a chunk; integers minus `zero`. All but nf4 are exact in half.
+// The numbers of k = 2 * pair and 2 * pair + 1 in a row of a chunk; integers minus `zero`.
 template <Format kFormat>
 struct Codec;
 
@@ -168,12 +166,17 @@ struct Codec<Format::kFp4E2m1> {
                   half2(16384.0f));
   }
 };
-template <>
-struct Codec<Format::kNf4> {
-  static inline float2 pair(thread const Chunk<Format::kNf4>& c, int row, int pair, half) {
-    const uint codes = masked<4>(c.low, 4 * row + pair, 0);
-    return float2(kNf4[codes & 15u], kNf4[codes >> 16]);
-  }
-};
+#define LOWBIT_BOOK(format, levels)                                                     \
+  template <>                                                                           \
+  struct Codec<format> {                                                                \
+    static inline float2 pair(thread const Chunk<format>& c, int row, int pair, half) { \
+      const uint codes = masked<4>(c.low, 4 * row + pair, 0);                           \
+      return float2(levels[codes & 15u], levels[codes >> 16]);                          \
+    }                                                                                   \
+  };
+LOWBIT_BOOK(Format::kNf4, kNf4)
+LOWBIT_BOOK(Format::kIq4Nl, kIq4Nl)
+LOWBIT_BOOK(Format::kBnbFp4, kBnbFp4)
+#undef LOWBIT_BOOK
 
 }  // namespace lowbit

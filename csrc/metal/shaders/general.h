@@ -29,6 +29,10 @@ inline void any_group(device const uchar* strip, uint chunk, uint group, thread 
       return group_weights<Format::kFp8E5m2>(strip, chunk, group, p, weights);
     case Format::kFp4E2m1:
       return group_weights<Format::kFp4E2m1>(strip, chunk, group, p, weights);
+    case Format::kIq4Nl:
+      return group_weights<Format::kIq4Nl>(strip, chunk, group, p, weights);
+    case Format::kBnbFp4:
+      return group_weights<Format::kBnbFp4>(strip, chunk, group, p, weights);
     default:
       return group_weights<Format::kNf4>(strip, chunk, group, p, weights);
   }

@@ -79,7 +79,7 @@ template <Format kFormat>
                              device const half* x [[buffer(12)]], device uchar* y [[buffer(13)]],
                              device const uchar* bias [[buffer(14)]],
                              device const float* x_scales [[buffer(15)]], LOWBIT_POSITION) {
-  static_assert(kFormat != Format::kNf4, "half does not hold nf4's levels");
+  static_assert(is_exact(kFormat), "half does not hold the format's levels");
   using Tile = ExactTile;
   LOWBIT_SHARED(ExactShared, shared);
   const Gemm p = LOWBIT_GEMM_PARAMS;

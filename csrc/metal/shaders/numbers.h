@@ -66,6 +66,10 @@ inline float code_value(uint code, Format format) {
       return float(as_type<half>(ushort((code & 8u) << 12 | (code & 7u) << 9)) * half(16384.0f));
     case Format::kNf4:
       return kNf4[code];
+    case Format::kIq4Nl:
+      return kIq4Nl[code];
+    case Format::kBnbFp4:
+      return kBnbFp4[code];
     default:
       return float(code);
   }

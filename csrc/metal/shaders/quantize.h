@@ -101,6 +101,7 @@ inline rules::Range range_of(thread const Group& group, int thread_index,
 
 struct Task {
   Group group;
+  Format format;
   rules::CodeGrid grid;
   rules::Range range;
   int thread_index, threads;
@@ -126,7 +127,9 @@ inline Task task_of(thread const Quantize& p, uint3 at, uint thread_index,
   task.grid.scales.unit = two_levels ? bits_float(super_scale[0]) : Float32(1.0f);
   task.grid.bits = bits_of(format_of(p.kinds));
   task.grid.max = bits_float(p.code_max);
-  task.grid.mirror = rules::mirror_of(format_of(p.kinds));
+  task.format = format_of(p.kinds);
+  task.grid.mirror = rules::mirror_of(task.format);
+  task.grid.has_zero = rules::has_zero(task.format);
   task.thread_index = int(thread_index);
   task.threads = p.threads;
   return task;
@@ -176,18 +179,18 @@ inline void start_nearest(thread const Task& task, thread Encoder& e) {
 template <ZeroKind kKind>
 struct Integers {
   typedef rules::IntEncoder<kKind> Exact;
-  static inline Exact exact(thread const rules::CodeGrid& grid) {
-    return {{}, Float32((1 << grid.bits) - 1)};
+  static inline Exact exact(thread const Task& task) {
+    return {{}, Float32((1 << task.grid.bits) - 1)};
   }
 };
 template <int kExponentBits, int kMantissaBits>
 struct Floats {
   typedef rules::FloatEncoder<rules::SmallFloat<kExponentBits, kMantissaBits>> Exact;
-  static inline Exact exact(thread const rules::CodeGrid& grid) { return {{}, grid.max}; }
+  static inline Exact exact(thread const Task& task) { return {{}, task.grid.max}; }
 };
-struct Nf4 {
-  typedef rules::Nf4Encoder Exact;
-  static inline Exact exact(thread const rules::CodeGrid&) { return Exact(kNf4); }
+struct Book {
+  typedef rules::BookEncoder Exact;
+  static inline Exact exact(thread const Task& task) { return Exact(book_of(task.format)); }
 };
 
 // group.x: groups of k; group.y: rows, or blocks of 128.
@@ -201,7 +204,7 @@ template <class Source>
   const Quantize p = LOWBIT_PARAMS(Quantize);
   Task task = task_of(p, group, thread_index, weight, importance, super_scale);
   task.range = range_of(task.group, task.thread_index, shared);
-  typename Source::Exact e = Source::exact(task.grid);
+  typename Source::Exact e = Source::exact(task);
   start_nearest(task, e);
   store_group(task, e, p, group, packed, scales, zeros);
 }

@@ -11,5 +11,5 @@ LOWBIT_QUANTIZE("offsets", lowbit::Integers<lowbit::ZeroKind::kOffset>)
 LOWBIT_QUANTIZE("fp8_e4m3", lowbit::Floats<4, 3>)
 LOWBIT_QUANTIZE("fp8_e5m2", lowbit::Floats<5, 2>)
 LOWBIT_QUANTIZE("fp4_e2m1", lowbit::Floats<2, 1>)
-LOWBIT_QUANTIZE("nf4", lowbit::Nf4)
+LOWBIT_QUANTIZE("book", lowbit::Book)
 #undef LOWBIT_QUANTIZE

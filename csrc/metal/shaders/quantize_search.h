@@ -56,9 +56,13 @@ struct Estimate<rules::FloatEncoder<rules::SmallFloat<kExponentBits, kMantissaBi
   }
 };
 template <>
-struct Estimate<rules::Nf4Encoder> {
-  typedef estimate::Nf4Encoder Encoder;
-  static inline Encoder of(thread const rules::Nf4Encoder&) { return Encoder(kNf4); }
+struct Estimate<rules::BookEncoder> {
+  typedef estimate::BookEncoder Encoder;
+  static inline Encoder of(thread const rules::BookEncoder& e) {
+    float levels[16];
+    for (int i = 0; i < 16; ++i) levels[i] = as_type<float>(e.levels[i].bits);
+    return Encoder(levels);
+  }
 };
 
 struct Bounds {
@@ -296,7 +300,7 @@ template <class Source>
   const Quantize p = LOWBIT_PARAMS(Quantize);
   Task task = task_of(p, group, thread_index, weight, importance, super_scale);
   task.range = range_of(task.group, task.thread_index, shared.range);
-  typename Source::Exact e = Source::exact(task.grid);
+  typename Source::Exact e = Source::exact(task);
   start_nearest(task, e);
   if (rules::searchable(task.range, e.p)) search_scale(task, e, shared);
   store_group(task, e, p, group, packed, scales, zeros);

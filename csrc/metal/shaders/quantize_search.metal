@@ -11,5 +11,5 @@ LOWBIT_QUANTIZE_SEARCH("offsets", lowbit::Integers<lowbit::ZeroKind::kOffset>)
 LOWBIT_QUANTIZE_SEARCH("fp8_e4m3", lowbit::Floats<4, 3>)
 LOWBIT_QUANTIZE_SEARCH("fp8_e5m2", lowbit::Floats<5, 2>)
 LOWBIT_QUANTIZE_SEARCH("fp4_e2m1", lowbit::Floats<2, 1>)
-LOWBIT_QUANTIZE_SEARCH("nf4", lowbit::Nf4)
+LOWBIT_QUANTIZE_SEARCH("book", lowbit::Book)
 #undef LOWBIT_QUANTIZE_SEARCH

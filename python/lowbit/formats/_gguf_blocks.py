@@ -2,7 +2,7 @@
 
 A row of K weights is K / block blocks, one after the other. What a block says is kept exactly, and in as many bits:
 
-    type     bytes / weights   canonical                          bits per weight (IQ4: in the file, canonical)
+    type     bytes / weights   canonical                          bits per weight
     Q4_0     d 16                int4 g32 fp16                    4.5
     Q4_1     d m 16              int4 g32 fp16 offset             5
     Q5_0     d qh 16             int5 g32 fp16                    5.5
@@ -13,14 +13,13 @@ A row of K weights is K / block blocks, one after the other. What a block says i
     Q4_K     d dmin sc qs        int4 g32 offset, u6 x fp16       4.5
     Q5_K     d dmin sc qh qs     int5 g32 offset, u6 x fp16       5.5
     Q6_K     ql qh sc d          int6 g16, i8 x fp16              6.5625
-    IQ4_NL   d 16                int8 g32 fp16                    4.5     8.5
-    IQ4_XS   d sh sl qs          int8 g32, i6 x fp16              4.25    8.25
+    IQ4_NL   d 16                iq4_nl g32 fp16                  4.5
+    IQ4_XS   d sh sl qs          iq4_nl g32, i6 x fp16            4.25
     MXFP4    e 16                fp4  g32 e8m0                    4.25
     NVFP4    4 x e4m3 32         fp4  g16 e4m3                    4.5
 
 A K-quant has a super block of 256 weights: an fp16 number that the scales of its groups, integers of 4 to 8 bits, are multiplied
-by, and where there are minima a second one for those, negative here because offsets are added. The 16 values of IQ4's code book
-are integers of 8 bits, and stand here as such.
+by, and where there are minima a second one for those, negative here because offsets are added.
 """
 
 from __future__ import annotations
@@ -47,9 +46,6 @@ class Decoded(NamedTuple):
     offsets: Tensor | None = None
     super_scales: Tensor | None = None
     super_offsets: Tensor | None = None
-
-
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +128,6 @@ def _q8_0(blocks: Tensor) -> Decoded:
     return Decoded(blocks[:, 2:] ^ 0x80, _half(blocks, 0))  # two's complement to excess 128
 
 
-def _iq4_codes(nibbles: Tensor) -> Tensor:
-    book = torch.tensor([value + 128 for value in _IQ4], dtype=torch.uint8)
-    return book.index_select(0, nibbles.reshape(-1).int()).view(nibbles.shape)
-
-
-def _iq4_nl(blocks: Tensor) -> Decoded:
-    return Decoded(_iq4_codes(_nibbles(blocks[:, 2:])), _half(blocks, 0))
-
-
 def _mxfp4(blocks: Tensor) -> Decoded:
     return Decoded(_nibbles(blocks[:, 1:]), blocks[:, 0:1].contiguous().view(torch.float8_e8m0fnu))
 
@@ -205,7 +192,7 @@ def _q6_k(blocks: Tensor) -> Decoded:
 def _iq4_xs(blocks: Tensor) -> Decoded:
     high = _fields(blocks[:, 2:4], 2, 0, 2, 4, 6).transpose(1, 2).flatten(1)
     low = _fields(blocks[:, 4:8], 4, 0, 4).transpose(1, 2).flatten(1)
-    codes = _iq4_codes(_nibbles(blocks[:, 8:136].reshape(-1, 8, 16)).flatten(1))
+    codes = _nibbles(blocks[:, 8:136].reshape(-1, 8, 16)).flatten(1)
     return Decoded(codes, low | (high << 4), None, _half(blocks, 0))
 
 
@@ -221,8 +208,8 @@ QUANTIZED: Final[dict[int, BlockType]] = {
     12: BlockType("Q4_K", 256, 144, "int4-g32-offset-u6-x8fp16", _q4_k),
     13: BlockType("Q5_K", 256, 176, "int5-g32-offset-u6-x8fp16", _q5_k),
     14: BlockType("Q6_K", 256, 210, "int6-g16-i8-x16fp16", _q6_k),
-    20: BlockType("IQ4_NL", 32, 18, "int8-g32-fp16", _iq4_nl),
-    23: BlockType("IQ4_XS", 256, 136, "int8-g32-i6-x8fp16", _iq4_xs),
+    20: BlockType("IQ4_NL", 32, 18, "iq4_nl-g32-fp16", _q4_0),
+    23: BlockType("IQ4_XS", 256, 136, "iq4_nl-g32-i6-x8fp16", _iq4_xs),
     39: BlockType("MXFP4", 32, 17, "mxfp4", _mxfp4),
     40: BlockType("NVFP4", 64, 36, "fp4-g16-e4m3", _nvfp4),
 }

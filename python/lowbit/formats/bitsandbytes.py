@@ -10,10 +10,10 @@ Blocks run over the ends of rows; where K is a multiple of the block, and absmax
 canonical weight. An absmax that is quantized stays so, if its code book is bitsandbytes' dynamic map, as it always is: else it is
 decoded to fp32, with bitsandbytes' two roundings.
 
-NF4 is exact. FP4's code book is {0, 1, 32, 48, 64, 96, 128, 192} / 192: all of them are fp8 e4m3 numbers, and stand as such
-with absmax / 192 as scale; bitsandbytes rounds its fractions instead, so that values agree to 2^-23 of themselves. So do
-those of LLM.int8, whose scale SCB / 127 is rounded once. The columns that bitsandbytes would run in fp16 when an input is
-large are not split off: the weight has the same values either way, and inputs are not quantized here.
+Both books of 4 bits are exact. FP4 is not the E2M1 of other formats but {0, 1, 32, 48, 64, 96, 128, 192} / 192: the format
+bnb_fp4, which has its levels in ascending order. Values of LLM.int8, whose scale SCB / 127 is rounded once, agree to 2^-23 of
+themselves. The columns that bitsandbytes would run in fp16 when an input is large are not split off: the weight has the same
+values either way, and inputs are not quantized here.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from lowbit.weight import QuantizedWeight
 __all__ = ["FORMAT"]
 
 _STATE: Final = "weight.quant_state.bitsandbytes__"
-_KINDS: Final = ("nf4", "fp4")
+#: bitsandbytes' name -> the format's.
+_KINDS: Final = {"nf4": "nf4", "fp4": "bnb_fp4"}
 _NESTED: Final = ("weight.nested_absmax", "weight.nested_quant_map")
 _BLOCK_SIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MAX_STATE: Final = 1 << 16
 _MAX_DIM: Final = 1 << 40
 _INT8_TOP: Final = 127
 
-#: FP4's code book, times 192.
-_FP4: Final = (0, 1, 128, 192, 64, 96, 32, 48, 0, -1, -128, -192, -64, -96, -32, -48)
-_FP4_UNIT: Final = 192
+#: Codes in files -> those of the format.
+_CODES: Final = {"nf4": tuple(range(16)), "fp4": (8, 9, 14, 15, 12, 13, 10, 11, 7, 6, 1, 0, 3, 2, 5, 4)}
 
 
 # -- recognising it ----------------------------------------------------------------------------------------------------------
@@ -196,14 +196,18 @@ def _is_size(value: object) -> bool:
 
 
 def _read_4bit(module: Module, state: _State) -> QuantizedWeight:
-    nf4 = state.kind == "nf4"
-    _check_book(module.read("weight.quant_map"), nf4)
-    nibbles = module.read("weight").reshape(-1).view(torch.uint8).reshape(state.N, -1)
-    packed = (nibbles << 4) | (nibbles >> 4) if nf4 else _as_e4m3(nibbles)
-    tensors, scheme = (
-        _nested_absmax(module, state) if nf4 and _is_dynamic(module, state) else _plain_absmax(module, state)
-    )
-    return QuantizedWeight.from_tensors({"packed": packed, **tensors}, scheme, (state.N, state.K))
+    _check_book(module.read("weight.quant_map"), state.kind)
+    raw = module.read("weight").reshape(-1).view(torch.uint8)
+    tensors, scheme = _nested_absmax(module, state) if _is_dynamic(module, state) else _plain_absmax(module, state)
+    return QuantizedWeight.from_tensors({"packed": _codes(raw, state), **tensors}, scheme, (state.N, state.K))
+
+
+def _codes(raw: Tensor, state: _State) -> Tensor:
+    """Two codes in a byte, the first in the low nibble: [N, K/2]."""
+    codes = torch.tensor(_CODES[state.kind], dtype=torch.uint8)
+    byte = torch.arange(256)
+    swapped = codes[byte >> 4] | (codes[byte & 15] << 4)
+    return swapped.index_select(0, raw.int()).view(state.N, -1)
 
 
 def _is_dynamic(module: Module, state: _State) -> bool:
@@ -214,40 +218,27 @@ def _is_dynamic(module: Module, state: _State) -> bool:
 
 
 def _nested_absmax(module: Module, state: _State) -> tuple[dict[str, Tensor], Scheme]:
-    """absmax of NF4 as it is stored."""
+    """absmax as it is stored."""
     assert state.nested_block is not None
     return {
         "scales": module.read("weight.absmax"),
         "super_scales": module.read("weight.nested_absmax"),
         "scale_offset": torch.tensor([state.nested_offset], dtype=torch.float32),
-    }, Scheme("nf4", state.block, "none", "dynamic8", "flat", super_groups=state.nested_block)
+    }, Scheme(_KINDS[state.kind], state.block, "none", "dynamic8", "flat", super_groups=state.nested_block)
 
 
 def _plain_absmax(module: Module, state: _State) -> tuple[dict[str, Tensor], Scheme]:
-    """absmax in fp32, of FP4 divided by the unit of its code book."""
-    scales, format = _read_absmax(module, state), "nf4"
-    if state.kind == "fp4":
-        scales, format = scales / _FP4_UNIT, "fp8_e4m3"
+    """absmax in fp32."""
+    scales, format = _read_absmax(module, state), _KINDS[state.kind]
     if state.K % state.block == 0:
         return {"scales": scales.reshape(state.N, -1)}, Scheme(format, state.block, scale_dtype="float32")
     return {"scales": scales}, Scheme(format, state.block, scale_dtype="float32", scaling="flat")
 
 
-def _as_e4m3(nibbles: Tensor) -> Tensor:
-    """FP4's codes, two in a byte [N, K/2], as e4m3 codes [N, K] of 192 times their values."""
-    values = torch.tensor(_FP4, dtype=torch.float32).to(torch.float8_e4m3fn).view(torch.uint8)
-    byte = torch.arange(256)
-    pairs = torch.stack([values[byte >> 4], values[byte & 15]], -1).view(torch.int16).reshape(-1)
-    return pairs.index_select(0, nibbles.reshape(-1).int()).view(torch.uint8).view(nibbles.shape[0], -1)
-
-
-def _check_book(book: Tensor, nf4: bool) -> None:
-    if nf4:
-        known = torch.tensor(next(row["code"] for row in _C.format_table() if row["name"] == "nf4"))
-    else:
-        known = torch.tensor(_FP4) / _FP4_UNIT
-    if not torch.equal(book, known):
-        raise ValueError(f"quant_map is {book.tolist()}, not the code book of {'nf4' if nf4 else 'fp4'}")
+def _check_book(book: Tensor, kind: str) -> None:
+    levels = torch.tensor(next(row["code"] for row in _C.format_table() if row["name"] == _KINDS[kind]))
+    if not torch.equal(book, levels[list(_CODES[kind])]):
+        raise ValueError(f"quant_map is {book.tolist()}, not the code book of {kind}")
 
 
 def _read_absmax(module: Module, state: _State) -> Tensor:

@@ -1,5 +1,5 @@
 #include "cuda/kernels/stream.cuh"
 
 namespace lowbit::cuda {
-LOWBIT_FOR_FP4_NF4(LOWBIT_INSTANTIATE_STREAM)
+LOWBIT_FOR_FP4_BOOKS(LOWBIT_INSTANTIATE_STREAM)
 }  // namespace lowbit::cuda
