@@ -75,7 +75,8 @@ def test_every_format(metal: Any, kind: str, search: bool) -> None:
 def test_every_scale_dtype(metal: Any, search: bool) -> None:
     for i, (kind, scale_dtype) in enumerate(
         itertools.product(
-            ("int4", "int3-int", "int2-float", "int6-offset", "nf4", "iq4_nl", "fp4_e2m1"), (*SCALE_DTYPES, "e8m0", "e4m3")
+            ("int4", "int3-int", "int2-float", "int6-offset", "nf4", "iq4_nl", "fp4_e2m1"),
+            (*SCALE_DTYPES, "e8m0", "e4m3"),
         )
     ):
         format, zero_kind, _ = KINDS[kind]

@@ -12,8 +12,9 @@
 #else
 #define LOWBIT_SMALL_DOT  // V has dot4_small
 #endif
+#define LOWBIT_FLOAT_LUT  // V has FloatLut and mirrored_lut
 #if defined(__AVX512VBMI__)
-#define LOWBIT_BYTE_LUT  // V has ByteLut, lut128 and float_of_halves
+#define LOWBIT_BYTE_LUT  // V has ByteLut, lut128, float_of_halves and float_of_run
 #endif
 
 struct V {
@@ -86,6 +87,31 @@ struct V {
   static Lut make_lut(const float* table) { return _mm512_loadu_ps(table); }
   static F lut16(I index, Lut table) { return _mm512_permutexvar_ps(index, table); }
 
+  // Tables of 128 floats, indexed by the low seven bits of every lane.
+  struct FloatLut {
+    __m512 part[8];
+  };
+  static FloatLut make_float_lut(const float* table) {
+    FloatLut lut;
+    for (int i = 0; i < 8; ++i) lut.part[i] = load(table + 16 * i);
+    return lut;
+  }
+  static F float_lut128(I index, const FloatLut& table) {
+    const auto from32 = [&](int i) {
+      return _mm512_permutex2var_ps(table.part[2 * i], index, table.part[2 * i + 1]);
+    };
+    const __mmask16 odd = _mm512_test_epi32_mask(index, iset1(32));
+    const F low = _mm512_mask_blend_ps(odd, from32(0), from32(1));
+    const F high = _mm512_mask_blend_ps(odd, from32(2), from32(3));
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, iset1(64)), low, high);
+  }
+  // Of a table that is its own mirror image: 0 at `from` 0, table[from - 1] above, -table[-from - 1] below.
+  static F mirrored_lut(I from, const FloatLut& table) {
+    const F value = float_lut128(isub(_mm512_abs_epi32(from), iset1(1)), table);
+    const I sign = band(from, iset1(INT32_MIN));
+    return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(from, from), as_f(bor(as_i(value), sign)));
+  }
+
 #if defined(__AVX512VBMI__)
   // Tables of 128 bytes, indexed by the low seven bits of every byte.
   struct ByteLut {
@@ -101,6 +127,15 @@ struct V {
     const I pattern = _mm512_add_epi32(
         _mm512_set1_epi32(kByte << 16 | (64 + kByte) << 24),
         _mm512_mullo_epi32(_mm512_set1_epi32(0x04040000),
+                           _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
+    return as_f(_mm512_maskz_permutex2var_epi8(0xccccccccccccccccull, low, pattern, high));
+  }
+  // Lane n as the float whose upper half is (high << 8 | low) of byte 16 * kRun + n.
+  template <int kRun>
+  static F float_of_run(I low, I high) {
+    const I pattern = _mm512_add_epi32(
+        _mm512_set1_epi32((16 * kRun) << 16 | (64 + 16 * kRun) << 24),
+        _mm512_mullo_epi32(_mm512_set1_epi32(0x01010000),
                            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
     return as_f(_mm512_maskz_permutex2var_epi8(0xccccccccccccccccull, low, pattern, high));
   }
