@@ -39,9 +39,6 @@ constant constexpr float kIq4Nl[16] = {
 constant constexpr float kBnbFp4[16] = {
 #include "formats/bnb_fp4.inc"
 };
-inline constant float* book_of(Format format) {
-  return format == Format::kIq4Nl ? kIq4Nl : format == Format::kBnbFp4 ? kBnbFp4 : kNf4;
-}
 
 // ---- words -------------------------------------------------------------------------------------------------------------
 

@@ -190,7 +190,11 @@ struct Floats {
 };
 struct Book {
   typedef rules::BookEncoder Exact;
-  static inline Exact exact(thread const Task& task) { return Exact(book_of(task.format)); }
+  static inline Exact exact(thread const Task& task) {
+    if (task.format == Format::kIq4Nl) return Exact(kIq4Nl);
+    if (task.format == Format::kBnbFp4) return Exact(kBnbFp4);
+    return Exact(kNf4);
+  }
 };
 
 // group.x: groups of k; group.y: rows, or blocks of 128.
