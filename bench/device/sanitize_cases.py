@@ -102,6 +102,7 @@ def _weights(device: str) -> int:
         scheme = Scheme.parse(text)
         for _, N, K in SHAPES:
             weight = torch.randn(N, K).to(place)
+            ops.quantize(weight, scheme.desc(), True, None)
             packed, scales, zeros = ops.quantize(weight, scheme.desc(), False, None)
             third = zeros if zeros.numel() else None
             ops.dequantize(packed, scales, third, None, N, K, scheme.desc(), torch.bfloat16)

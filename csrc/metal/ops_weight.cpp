@@ -48,6 +48,20 @@ mp::Quantize quantize_params(const char* op, const QuantizeCall& call, bool weig
   return p;
 }
 
+// Weights per command. macOS stops a GPU that does not answer for long, so a command is meant to take a tenth of a second.
+#if defined(LOWBIT_EMULATOR)
+constexpr int64_t kMostNearest = 1 << 12, kMostSearched = 1 << 12;  // so that tests need several
+#else
+constexpr int64_t kMostNearest = 1 << 26, kMostSearched = 1 << 22;
+#endif
+
+// Until what has been started is done: torch hands commands to the GPU when somebody wants to see a result.
+void wait_for(const Place& place) {
+  Tensor there = empty_on(place, {1}, ScalarType::Byte);
+  Tensor here = empty_on(cpu_place(), {1}, ScalarType::Byte);
+  torch::stable::copy_(here, there);
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_bits, bool search,
                                             const OptionalTensor& importance,
                                             const OptionalTensor& super_scales) {
@@ -60,19 +74,25 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t desc_b
   Tensor packed = empty_on(place, {s.N, s.row_bytes}, ScalarType::Byte);
   Tensor scales = empty_table(place, s, desc, kScaleTable);
   Tensor zeros = empty_table(place, s, desc, kZeroTable);
-  const mp::Quantize p = quantize_params(op, call, importance.has_value());
-  const bool blocks = desc.scaling == Scaling::kBlock128;
+  mp::Quantize p = quantize_params(op, call, importance.has_value());
+  const int64_t tall = desc.scaling == Scaling::kBlock128 ? 128 : 1, rows = div_up(s.N, tall);
+  const int64_t most = search ? kMostSearched : kMostNearest;
+  const int64_t step = std::max<int64_t>(1, most / (s.K * tall));
   const Shader shader = search ? Shader::kQuantizeSearch : Shader::kQuantize;
-  Command(op, {{shader, Format(0), false, Element::kFloat32}, encoder_of(desc)})
-      .params(p)
-      .tensor(call.rows.keep)
-      .tensor(importance, scales)
-      .tensor(super_scales, scales)
-      .tensor(packed)
-      .tensor(scales)
-      .tensor(s.zero_bytes == 0 ? scales : zeros)
-      .run(static_cast<uint32_t>(s.groups), static_cast<uint32_t>(blocks ? div_up(s.N, 128) : s.N),
-           p.threads);
+  for (int64_t first = 0; first < rows; first += step) {
+    if (first > 0) wait_for(place);
+    p.first = static_cast<uint32_t>(first);
+    Command(op, {{shader, Format(0), false, Element::kFloat32}, encoder_of(desc)})
+        .params(p)
+        .tensor(call.rows.keep)
+        .tensor(importance, scales)
+        .tensor(super_scales, scales)
+        .tensor(packed)
+        .tensor(scales)
+        .tensor(s.zero_bytes == 0 ? scales : zeros)
+        .run(static_cast<uint32_t>(s.groups), static_cast<uint32_t>(std::min(step, rows - first)),
+             p.threads);
+  }
   return {packed, scales, zeros};
 }
 

@@ -69,8 +69,9 @@ struct Quantize {
   int32_t N, K;
   int32_t group_size, groups;
   int32_t row_bytes, kinds;
-  int32_t stride, threads;   // elements between rows of the weight; of a threadgroup
-  uint32_t code_max, spare;  // FormatInfo::max, its bits
+  int32_t stride, threads;  // elements between rows of the weight; of a threadgroup
+  uint32_t code_max,
+      first;  // FormatInfo::max, its bits; the row (or block of 128) that the command starts with
 };
 
 // Rows of activations. quantize_activation: group_size and groups; what makes rows ready for a GEMM: perm's place in the

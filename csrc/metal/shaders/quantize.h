@@ -111,7 +111,7 @@ inline Task task_of(thread const Quantize& p, uint3 at, uint thread_index,
                     device const uchar* weight, device const uint* importance,
                     device const uint* super_scale) {
   const bool blocks = (p.kinds & metal_params::kOneScale) != 0;
-  const int n = int(at.y) * (blocks ? 128 : 1), k = int(at.x) * p.group_size;
+  const int n = int(at.y + p.first) * (blocks ? 128 : 1), k = int(at.x) * p.group_size;
   Task task;
   task.group.weight = weight;
   task.group.importance = importance;
@@ -157,11 +157,12 @@ inline void store_group(thread const Task& task, thread const Encoder& e, thread
                         uint3 at, device uchar* packed, device uchar* scales, device uchar* zeros) {
   constexpr ZeroKind kKind = ZeroKind(Encoder::kZeros);
   const bool blocks = (p.kinds & metal_params::kOneScale) != 0;
-  const long n = long(at.y) * (blocks ? 128l : 1l), k = long(at.x) * long(p.group_size);
+  const long row = long(at.y + p.first), n = row * (blocks ? 128l : 1l);
+  const long k = long(at.x) * long(p.group_size);
   store_codes(task, e, p.row_bytes, packed + n * long(p.row_bytes) + k / 8l * long(task.grid.bits));
   if (task.thread_index != 0) return;
   const ScaleDtype dtype = task.grid.scales.dtype;
-  const long index = long(at.y) * long(p.groups) + long(at.x), bytes = rules::stored_bytes(dtype);
+  const long index = row * long(p.groups) + long(at.x), bytes = rules::stored_bytes(dtype);
   rules::store_scale(e.p.scale, task.grid.scales, scales + index * bytes);
   rules::store_zero<kKind>(e.p, dtype, zeros + index * (kKind == ZeroKind::kInt ? 1l : bytes));
 }
@@ -197,7 +198,7 @@ struct Book {
   }
 };
 
-// group.x: groups of k; group.y: rows, or blocks of 128.
+// group.x: groups of k; group.y: rows, or blocks of 128, from p.first on.
 template <class Source>
 [[kernel]] void quantize(LOWBIT_PARAMS_ARGUMENTS, device const uchar* weight [[buffer(5)]],
                          device const uint* importance [[buffer(6)]],
