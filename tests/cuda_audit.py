@@ -103,6 +103,7 @@ OPCODES = {
     "LDSM": {0x83B},  # ldmatrix
     "UBLKCP": {0x3BA},  # cp.async.bulk
     "UTMALDG": {0x5B4},  # cp.async.bulk.tensor
+    "UTMACCTL": {0x9B9},  # prefetch.tensormap
     "SYNCS": {0x5A7, 0x5B2, 0x9A7},  # mbarrier: arrivals, initialisation, waiting
     "ARRIVES": {0x9B0},  # cp.async.mbarrier.arrive
     "UCGABAR": {0x9C7, 0xDC7},  # barrier.cluster
@@ -114,18 +115,30 @@ OPCODES = {
 }
 
 
+#: Five bits of wgmma say how many columns it has: in eights, from zero; of integers, which of those there are, in threes.
+COLUMNS_AT = 53
+COLUMNS = {"HGMMA": range(8, 257, 8), "QGMMA": range(8, 257, 8), "IGMMA": (8, 16, 24, *range(32, 257, 16))}
+
+
 @dataclass(frozen=True)
 class Design:
-    """What must, and must not, be in the kernels whose names match; and the registers that let as many blocks run as meant."""
+    """What must, and must not, be in the kernels whose names match; and the registers that let as many blocks run as meant.
+    The columns of a kernel's wgmma are all of one of the sets, and no others."""
 
     kernels: str
     has: frozenset[str]
     lacks: frozenset[str]
     most_registers: int
+    columns: tuple[frozenset[int], ...] = (frozenset(),)
 
 
 LOCAL = frozenset({"LDL", "STL"})
-WARPGROUPS = frozenset({"UTMALDG", "UBLKCP", "SYNCS", "USETMAXREG"})
+WARPGROUPS = frozenset(
+    {"UTMALDG", "UTMACCTL", "UBLKCP", "SYNCS", "USETMAXREG", "UCGABAR", "ACQBULK", "PREEXIT"},
+)
+#: csrc/cuda/wgmma_widths.h: every number that wgmma takes, up to 64, up to 128, and 256.
+NARROW, WIDE = frozenset(range(8, 65, 8)), frozenset(range(72, 129, 8))
+OF_INTEGERS = (frozenset({8, 16, 24, 32, 48, 64}), frozenset(range(80, 129, 16)))
 HOPPER = (
     Design(
         r"hopper_stream_kernel",
@@ -134,9 +147,9 @@ HOPPER = (
         128,
     ),
     # 384 threads: 168 registers are all there are for each, until setmaxnreg deals them out anew.
-    Design(r"hopper_matrix_kernel", frozenset({"HGMMA", *WARPGROUPS}), LOCAL, 168),
-    Design(r"hopper_a8_kernel\w*HopperIntMath", frozenset({"IGMMA", *WARPGROUPS}), LOCAL, 168),
-    Design(r"hopper_a8_kernel\w*HopperFp8Math", frozenset({"QGMMA", *WARPGROUPS}), LOCAL, 168),
+    Design(r"hopper_matrix_kernel", frozenset({"HGMMA", *WARPGROUPS}), LOCAL, 168, (NARROW, WIDE, frozenset({256}))),
+    Design(r"hopper_a8_kernel\w*HopperIntMath", frozenset({"IGMMA", *WARPGROUPS}), LOCAL, 168, OF_INTEGERS),
+    Design(r"hopper_a8_kernel\w*HopperFp8Math", frozenset({"QGMMA", *WARPGROUPS}), LOCAL, 168, (NARROW, WIDE)),
 )
 
 
@@ -147,6 +160,7 @@ class Code:
     kernel: str
     registers: int
     instructions: Counter[str]  # of OPCODES
+    columns: frozenset[int] = frozenset()  # of wgmma
 
 
 def hopper_code(path: Path) -> list[Code]:
@@ -166,9 +180,14 @@ def _kernels(elf: ELFFile) -> Iterator[Code]:
         if not section.name.startswith(".text."):
             continue
         words = struct.unpack(f"<{section.data_size // 8}Q", section.data())
-        instructions = Counter(names[word & 0xFFF] for word in words[::2] if word & 0xFFF in names)
+        known = [(names[word & 0xFFF], word) for word in words[::2] if word & 0xFFF in names]
+        columns = frozenset(_columns(name, word >> COLUMNS_AT & 31) for name, word in known if name in COLUMNS)
         kernel = section.name.removeprefix(".text.")
-        yield Code(kernel, registers[kernel], instructions)
+        yield Code(kernel, registers[kernel], Counter(name for name, _ in known), columns)
+
+
+def _columns(name: str, field: int) -> int:
+    return COLUMNS[name][field // (3 if name == "IGMMA" else 1)]
 
 
 def _registers(elf: ELFFile) -> dict[str, int]:
@@ -200,6 +219,8 @@ def departures(kernels: Iterable[Code], designs: Iterable[Design] = HOPPER) -> l
             wrong += [f"{kernel.kernel}: {name}" for name in sorted(design.lacks) if kernel.instructions[name]]
             if kernel.registers > design.most_registers:
                 wrong.append(f"{kernel.kernel}: {kernel.registers} registers, designed for {design.most_registers}")
+            if kernel.columns not in design.columns:
+                wrong.append(f"{kernel.kernel}: wgmma of {sorted(kernel.columns)} columns")
     known = [kernel for kernel in kernels if any(re.search(design.kernels, kernel.kernel) for design in designs)]
     return wrong + [f"{kernel.kernel}: no design says what it is" for kernel in kernels if kernel not in known]
 

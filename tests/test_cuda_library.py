@@ -243,8 +243,9 @@ class TestPlanted:
         assert {name: kernel.instructions[name] for name in expected} == {"SYNCS": 2, "UCGABAR": 2, "ACQBULK": 1}
         assert kernel.instructions["STL"] >= 32 and kernel.instructions["LDL"] == 1
 
-        def design(has=expected, lacks=frozenset(), registers=64):
-            return [cuda_audit.Design("hopper_kernel", frozenset(has), frozenset(lacks), registers)]
+        def design(has=expected, lacks=frozenset(), registers=64, columns=()):
+            sets = (frozenset(columns),)
+            return [cuda_audit.Design("hopper_kernel", frozenset(has), frozenset(lacks), registers, sets)]
 
         assert cuda_audit.departures([kernel], design()) == []
         assert cuda_audit.departures([kernel], design(has={"HGMMA"})) == ["hopper_kernel: no HGMMA"]
@@ -255,6 +256,7 @@ class TestPlanted:
         assert cuda_audit.departures([kernel], design(registers=8)) == [
             f"hopper_kernel: {kernel.registers} registers, designed for 8"
         ]
+        assert cuda_audit.departures([kernel], design(columns=(8, 16))) == ["hopper_kernel: wgmma of [] columns"]
         assert cuda_audit.departures([kernel], []) == ["hopper_kernel: no design says what it is"]
         assert cuda_audit.departures([], design()) == ["hopper_kernel: there is no such kernel"]
         assert cuda_audit.missing_code(target, ["90a"]) == []

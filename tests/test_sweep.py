@@ -60,6 +60,8 @@ class TestCandidates:
         assert {"stream_m8", "stream_m16", "hopper_stream_m8", "matrix_m32"} <= set(names)
         plans = [name for name in names if name.startswith("hopper_stream_m8")]
         assert len(plans) == 12, plans  # the plan of its own choice is one of the twelve
+        clusters = [name for name in device_sweep.candidates(case(64), MODEL) if name.startswith("hopper_matrix_m64")]
+        assert len(clusters) == 4, clusters
         assert not any(name.startswith(("a8_", "general", "grad")) for name in names)
         assert _C.forced_kernel() == ""
 

@@ -24,7 +24,11 @@ __all__ = ["HEAD", "candidates", "measure_candidates", "merge_table", "rows_of"]
 _X: Final = {"bf16": ("half", "gemm", "bfloat16"), "int8": ("int8", "gemm_a8", "int8")}
 _FP8: Final = ("float8_e4m3fn", "gemm_a8", "float8_e4m3fn")
 #: Ways to cut a problem, for kernels that take one behind their name.
-_PLANS: Final = tuple(f"{strips}x{cluster}" for strips in (1, 2, 4) for cluster in (1, 2, 4, 8))
+_PLANS: Final = {
+    "hopper_stream_": tuple(f"{strips}x{cluster}" for strips in (1, 2, 4) for cluster in (1, 2, 4, 8)),
+    "hopper_matrix_": ("1x1", "2x1", "1x2", "2x2"),
+    "hopper_a8_": ("1x1", "2x1", "1x2", "2x2"),
+}
 _MOST_ROWS: Final = 2**30 - 1
 #: A kernel for Hopper must win by more than what two runs of the same kernel differ by.
 _NOISE: Final = 0.02
@@ -76,8 +80,9 @@ def _names(op: str) -> list[str]:
     names = []
     for row in rows:
         names.append(row["name"])
-        if row["name"].startswith("hopper_stream_"):
-            names += [f"{row['name']}:{plan}" for plan in _PLANS]
+        for family, plans in _PLANS.items():
+            if row["name"].startswith(family):
+                names += [f"{row['name']}:{plan}" for plan in plans]
     return names
 
 

@@ -35,10 +35,23 @@ constexpr int boxes(const Tile& tile) { return tile.step * x_bytes(tile) / kBoxB
 
 constexpr bool is_of_integers(const Tile& tile) { return tile.kernel == Kernel::kHopperA8Int; }
 
-// Tokens of a tile: as few tiles as there can be, each as narrow as it can be.
-constexpr int fitted_tokens(const Tile& tile, int64_t M) {
-  const int64_t tiles = std::max<int64_t>((M + tile.tokens - 1) / tile.tokens, 1);
-  return columns_for(is_of_integers(tile), tile.tokens, static_cast<int>((M + tiles - 1) / tiles));
+// Blocks of a cluster that have the same tokens, and others' rows; and the other way around. Each of those that share
+// something copies its part of it, for all of them: of x its part of the tokens, of weights its strips.
+struct BoxCluster {
+  int32_t rows = 1, tokens = 1;
+
+  constexpr int32_t blocks() const { return rows * tokens; }
+};
+
+// Tokens of a tile: as few tiles as there can be, in whole clusters, each as narrow as it can be. The parts of those who share
+// it are swizzling patterns of eight rows, or several.
+constexpr int fitted_tokens(const Tile& tile, int64_t M, const BoxCluster& cluster) {
+  const int64_t most = int64_t{cluster.tokens} * tile.tokens;
+  const int64_t tiles = std::max<int64_t>((M + most - 1) / most, 1) * cluster.tokens;
+  const bool integers = is_of_integers(tile);
+  int columns = columns_for(integers, tile.tokens, static_cast<int>((M + tiles - 1) / tiles));
+  while (columns % (8 * cluster.rows) != 0) columns = next_columns(integers, columns);
+  return columns;
 }
 
 // `Weight` is CudaTile64 or WeightParams.

@@ -132,8 +132,8 @@ Choice parse_choice(const std::string& text) {
     const bool valid =
         std::sscanf(plan, ":%1dx%1d%n", &choice.wish.strips, &choice.wish.cluster, &length) == 2 &&
         plan[length] == 0 && choice.wish.strips >= 1 && choice.wish.cluster >= 1;
-    LOWBIT_CHECK(valid && name.compare(0, 14, "hopper_stream_") == 0, "kernel '", text,
-                 "': only those that stream on Hopper take a plan, such as hopper_stream_m8:2x4");
+    LOWBIT_CHECK(valid && name.compare(0, 7, "hopper_") == 0, "kernel '", text,
+                 "': only Hopper's take a plan, such as hopper_stream_m8:2x4");
   }
   std::string known;
   for (const Tile& tile : kTiles) {

@@ -10,7 +10,7 @@
 
 namespace lowbit::cuda {
 
-// A kernel and, for hopper_stream_*, perhaps the plan that it is to have.
+// A kernel and, for those of Hopper, perhaps the plan that it is to have.
 struct Choice {
   const char* kernel = nullptr;  // the name in kTiles; null: none
   HopperWish wish;

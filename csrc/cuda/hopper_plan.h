@@ -69,7 +69,7 @@ struct HopperPlan {
   int32_t blocks_per_sm;
 };
 
-// A plan that is asked for; 0 strips: none is.
+// A plan that is asked for; 0 strips: none is. Of a kernel of warpgroups, the two numbers are those of a BoxCluster.
 struct HopperWish {
   int32_t strips = 0, cluster = 0;
 };

@@ -121,14 +121,16 @@ void run(const char* op, Problem problem, const Weight& weight, RowsParams x, Ou
   problem.x_zeros = x.zeros != nullptr;
   const Config config = choose(op, problem, weight, scope.device());
   const Workspace memory(op, config, workspace, place, scope.stream());
+  const bool boxes = has_warpgroups(config.row->shape().kernel);
   GemmParams p{weight.params,
                x,
                y,
                config.schedule,
                config.stages,
                config.hopper.strips,
-               config.hopper.cluster,
-               config.tokens};
+               boxes ? config.boxes.blocks() : config.hopper.cluster,
+               config.tokens,
+               config.boxes.rows};
   if (has_book(weight.desc.format)) p.w.book = book_of(weight.desc.format, x.type);
   if (config.shares_tiles) {
     p.schedule.counters = memory.counters();

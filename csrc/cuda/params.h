@@ -85,7 +85,8 @@ struct Schedule {
   int32_t tiles_n, tiles_m;  // output tiles; tile = tile_m * tiles_n + tile_n
   int32_t steps_per_tile;    // along K
   int32_t blocks;            // of the grid; at most `total`
-  int64_t total;             // tiles_n * tiles_m * steps_per_tile
+  int64_t total;             // tiles_n * tiles_m * steps_per_tile, below 2^32
+  uint32_t share, extra;     // total = blocks * share + extra
   uint32_t* counters;        // [tiles], zero before and after; null when no tile is shared
   float* partials;           // [2 * blocks][tile rows * tile columns]; null when no tile is shared
 };
@@ -98,7 +99,8 @@ struct GemmParams {
   int32_t
       stages;  // of the ring in shared memory, for kernels that let the device decide (stages.h)
   int32_t strips, cluster;  // of the Hopper kernels: hopper_plan.h
-  int32_t tokens;           // of a tile; only kernels of warpgroups have not always the same
+  // Kernels of warpgroups (box_plan.h): tokens of a tile, and of the cluster's blocks those that differ in their rows.
+  int32_t tokens, cluster_rows;
 };
 
 }  // namespace lowbit::cuda

@@ -91,6 +91,17 @@ __device__ inline void copy_bulk_once(void* to, const void* from, uint32_t bytes
       : "memory");
 }
 
+// The same, to every block of the cluster whose bit is set in `blocks`: the bytes to where `to` stands in it, and as many
+// completed on its barrier, where `barrier` stands. Each of them announces them itself.
+__device__ inline void copy_bulk_shared(void* to, const void* from, uint32_t bytes,
+                                        uint64_t* barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks)
+      : "memory");
+}
+
 // ---- clusters: blocks that run together and read each other's shared memory --------------------------------------------
 
 __device__ inline uint32_t cluster_rank() {

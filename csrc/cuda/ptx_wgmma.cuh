@@ -94,19 +94,19 @@ __device__ inline void wgmma_pin(uint32_t& value) { asm volatile("" : "+r"(value
                : LOWBIT_A(a_[0]), "l"(b_), "r"(accumulate ? 1 : 0)                            \
                : "memory")
 
-#define LOWBIT_8_TO_64(X, ...)                                                                   \
-  X(8, __VA_ARGS__)                                                                              \
-  X(16, __VA_ARGS__)                                                                             \
-  X(24, __VA_ARGS__) X(32, __VA_ARGS__) X(40, __VA_ARGS__) X(48, __VA_ARGS__) X(56, __VA_ARGS__) \
-      X(64, __VA_ARGS__)
+#define LOWBIT_8_TO_64(X, ...) \
+  X(8, __VA_ARGS__)            \
+  X(16, __VA_ARGS__)           \
+  X(24, __VA_ARGS__)           \
+  X(32, __VA_ARGS__) X(40, __VA_ARGS__) X(48, __VA_ARGS__) X(56, __VA_ARGS__) X(64, __VA_ARGS__)
 #define LOWBIT_8_TO_64_S8(X, ...) \
   X(8, __VA_ARGS__)               \
   X(16, __VA_ARGS__) X(24, __VA_ARGS__) X(32, __VA_ARGS__) X(48, __VA_ARGS__) X(64, __VA_ARGS__)
-#define LOWBIT_72_TO_128(X, ...)                                                \
-  X(72, __VA_ARGS__)                                                            \
-  X(80, __VA_ARGS__)                                                            \
-  X(88, __VA_ARGS__) X(96, __VA_ARGS__) X(104, __VA_ARGS__) X(112, __VA_ARGS__) \
-      X(120, __VA_ARGS__) X(128, __VA_ARGS__)
+#define LOWBIT_72_TO_128(X, ...) \
+  X(72, __VA_ARGS__)             \
+  X(80, __VA_ARGS__)             \
+  X(88, __VA_ARGS__)             \
+  X(96, __VA_ARGS__) X(104, __VA_ARGS__) X(112, __VA_ARGS__) X(120, __VA_ARGS__) X(128, __VA_ARGS__)
 #define LOWBIT_80_TO_128_S8(X, ...) \
   X(80, __VA_ARGS__) X(96, __VA_ARGS__) X(112, __VA_ARGS__) X(128, __VA_ARGS__)
 
@@ -215,6 +215,22 @@ __device__ inline void copy_box(void* to, const TensorMap& map, int32_t row, int
       "%3}], [%4];" ::"r"(shared_address(to)),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
+}
+
+// The same, to every block of the cluster whose bit is set in `blocks` (copy_bulk_shared, ptx_hopper.cuh).
+__device__ inline void copy_box_shared(void* to, const TensorMap& map, int32_t row, int32_t column,
+                                       uint64_t* barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(barrier)),
+      "h"(blocks)
+      : "memory");
+}
+
+// Fetches a map, so that the first copy need not wait for it (9.7.9.25.3, prefetch).
+__device__ inline void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
 }  // namespace lowbit::cuda::ptx

@@ -19,42 +19,43 @@ namespace lowbit::cuda {
 struct Segment {
   int32_t tile_n, tile_m;
   int32_t first, last;
-  int64_t tile;
+  uint32_t tile;
   bool whole;  // all of the tile's steps
 };
 
 // Walks over the segments of one block.
 class Share {
  public:
-  __device__ Share(const Schedule& s, int64_t block)
+  __device__ Share(const Schedule& s, uint32_t block)
       : s_(s), step_(range_begin(s, block)), end_(range_begin(s, block + 1)) {}
 
   // False when the block's range is done.
   __device__ bool next(Segment& segment) {
     if (step_ >= end_) return false;
-    const int64_t tile = step_ / s_.steps_per_tile;
-    const int64_t begin = tile * s_.steps_per_tile;
-    const int64_t last = end_ - begin < s_.steps_per_tile ? end_ - begin : s_.steps_per_tile;
+    const uint32_t steps = static_cast<uint32_t>(s_.steps_per_tile);
+    const uint32_t tile = step_ / steps, begin = tile * steps;
+    const uint32_t last = end_ - begin < steps ? end_ - begin : steps;
     segment.tile = tile;
-    segment.tile_m = static_cast<int32_t>(tile / s_.tiles_n);
-    segment.tile_n = static_cast<int32_t>(tile % s_.tiles_n);
+    segment.tile_m = static_cast<int32_t>(tile / static_cast<uint32_t>(s_.tiles_n));
+    segment.tile_n = static_cast<int32_t>(tile % static_cast<uint32_t>(s_.tiles_n));
     segment.first = static_cast<int32_t>(step_ - begin);
     segment.last = static_cast<int32_t>(last);
-    segment.whole = segment.first == 0 && segment.last == s_.steps_per_tile;
+    segment.whole = segment.first == 0 && last == steps;
     step_ = begin + last;
     return true;
   }
 
  private:
   const Schedule& s_;
-  int64_t step_, end_;
+  uint32_t step_, end_;
 };
 
 // Where block b keeps its part of the tile that begins at step `begin`. A range cuts at most two tiles: the one in whose
 // middle it begins, and the one in whose middle it ends.
-__device__ inline float* partial_slot(const Schedule& s, int64_t block, int64_t begin, int values) {
-  const int64_t slot = 2 * block + (range_begin(s, block) <= begin ? 1 : 0);
-  return s.partials + slot * values;
+__device__ inline float* partial_slot(const Schedule& s, uint32_t block, uint32_t begin,
+                                      int values) {
+  const uint32_t slot = 2 * block + (range_begin(s, block) <= begin ? 1 : 0);
+  return s.partials + int64_t{slot} * values;
 }
 
 // Calls f(value, j) for all values of an array of any shape, j = 0, 1, ...
@@ -100,13 +101,18 @@ __device__ int value_count(const FirstValues<kRows, kCount>& first) {
 // call it, with one word of shared memory that nothing else uses meanwhile, and meet at barrier kBarrier: 0 where they are
 // all of the block.
 template <int kThreads, int kBarrier = 0, class Values>
-__device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t block,
+__device__ bool sum_segments(const Schedule& s, const Segment& segment, uint32_t block,
                              Values& values, uint32_t* elected) {
   const int tile_values = kThreads * value_count(values);
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t begin = segment.tile * s.steps_per_tile;
-  const int64_t first = block_of_step(s, begin);
-  const int64_t last = block_of_step(s, begin + s.steps_per_tile - 1);
+  const uint32_t begin = segment.tile * static_cast<uint32_t>(s.steps_per_tile);
+  const uint32_t end = begin + static_cast<uint32_t>(s.steps_per_tile);
+  // The neighbours that share the tile are few.
+  uint32_t first = block, last = block;
+#pragma unroll 1
+  while (range_begin(s, first) > begin) --first;
+#pragma unroll 1
+  while (range_begin(s, last + 1) < end) ++last;
 
   float* const own = partial_slot(s, block, begin, tile_values) + thread;
   for_each_value(values, 0, [&](float& v, int j) { own[j * kThreads] = v; });
@@ -115,7 +121,7 @@ __device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t 
   ptx::sync_some<kBarrier, kThreads>();
   if (thread == 0) {
     const uint32_t before = ptx::atomic_increment(s.counters + segment.tile);
-    *elected = before == static_cast<uint32_t>(last - first) ? 1u : 0u;
+    *elected = before == last - first ? 1u : 0u;
     if (*elected) s.counters[segment.tile] = 0;  // as it was found
   }
   ptx::sync_some<kBarrier, kThreads>();
@@ -125,7 +131,7 @@ __device__ bool sum_segments(const Schedule& s, const Segment& segment, int64_t 
   ptx::fence_device();
 
   for_each_value(values, 0, [](float& v, int) { v = 0.0f; });
-  for (int64_t b = first; b <= last; ++b) {
+  for (uint32_t b = first; b <= last; ++b) {
     const float* const part = partial_slot(s, b, begin, tile_values) + thread;
     for_each_value(values, 0, [&](float& v, int j) { v += part[j * kThreads]; });
   }

@@ -9,14 +9,15 @@
 namespace lowbit::cuda {
 
 // Block b works on the steps [range_begin(b), range_begin(b + 1)): shares that differ by one step at most, and that end
-// where tiles end wherever the number of blocks is a multiple of the number of tiles.
-constexpr int64_t range_begin(const Schedule& s, int64_t block) {
-  return block * s.total / s.blocks;
+// where tiles end wherever the number of blocks is a multiple of the number of tiles. It is b * total / blocks, in 32 bits:
+// with as many blocks as run at once, b * extra fits; with more there is one for each tile, and extra is 0.
+constexpr uint32_t range_begin(const Schedule& s, uint32_t block) {
+  return block * s.share + block * s.extra / static_cast<uint32_t>(s.blocks);
 }
-
-// The block in whose range a step lies: the last b with b * total < (step + 1) * blocks.
-constexpr int64_t block_of_step(const Schedule& s, int64_t step) {
-  return ((step + 1) * s.blocks - 1) / s.total;
+constexpr void set_blocks(Schedule& s, int64_t blocks) {
+  s.blocks = static_cast<int32_t>(blocks);
+  s.share = static_cast<uint32_t>(s.total / blocks);
+  s.extra = static_cast<uint32_t>(s.total % blocks);
 }
 
 // Whether some tile is worked on by several blocks: then counters and partials are needed.
@@ -43,21 +44,22 @@ constexpr Schedule make_schedule(int tiles_n, int tiles_m, int steps, const Shar
   s.steps_per_tile = steps;
   const int64_t tiles = int64_t{tiles_n} * tiles_m;
   s.total = tiles * steps;
-  s.blocks = static_cast<int32_t>(tiles);
-  if (sharing.most_sharers <= 1 || tiles == 0) return s;
+  if (tiles == 0) return s;
+  set_blocks(s, tiles);
+  if (sharing.most_sharers <= 1) return s;
 
   const int64_t slots = std::max(sharing.slots, 1);
   const int64_t waves = (tiles + slots - 1) / slots;
   if (10 * tiles >= 9 * waves * slots) return s;
   if (tiles > slots) {  // at most two waves and a part: ranges of more than a tile
-    s.blocks = static_cast<int32_t>(slots);
+    set_blocks(s, slots);
     return s;
   }
   const int64_t allowed =
       std::min<int64_t>(sharing.most_sharers, steps / std::max(sharing.min_steps, 1));
   const int64_t pieces = std::max<int64_t>(std::min(slots / tiles, allowed), 1);
   const bool room_for_more = pieces < allowed && 10 * pieces * tiles < 9 * slots;
-  s.blocks = static_cast<int32_t>(room_for_more ? slots : pieces * tiles);
+  set_blocks(s, room_for_more ? slots : pieces * tiles);
   return s;
 }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cuda/box_stages.h"
+#include "cuda/box_plan.h"
 #include "cuda/choice.h"
 #include "cuda/schedule.h"
 #include "cuda/stages.h"
@@ -21,17 +21,23 @@ const Tuning* tuning_of(const Tile& tile) {
   return nullptr;  // general kernels have none
 }
 
-// Of a tile: kernels of warpgroups fit theirs to M.
-int tokens_of(const Tile& tile, const Problem& p) {
-  return has_warpgroups(tile.kernel) ? fitted_tokens(tile, p.M) : tile.tokens;
+// The plan that is asked for, or that a sweep has measured.
+HopperWish wish_for(const KernelRow& row, const Problem& p, const DeviceInfo& device) {
+  const auto is_row = [&](const char* kernel) { return std::strcmp(kernel, row.name()) == 0; };
+  const Choice forced = forced_choice();
+  if (forced.kernel != nullptr) return is_row(forced.kernel) ? forced.wish : HopperWish{};
+  const Measured* const measured = measured_for(p, device);
+  return measured != nullptr && is_row(measured->choice.kernel)
+             ? measured_wish(*measured, p, device)
+             : HopperWish{};
 }
 
-// How many stages and blocks the device's shared memory holds. No blocks: not even one.
-Residency fit(const KernelRow& row, const Problem& p, const CudaTile64& weight,
-              const DeviceInfo& device) {
-  if (has_warpgroups(row.shape().kernel))
-    return box_residency(row.shape(), tokens_of(row.shape(), p), weight, device.shared_per_block);
-  return residency(row.shape(), weight, device.shared_per_block, device.shared_per_sm);
+BoxPlan box_plan(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+                 const DeviceInfo& device) {
+  const Tuning& tuning = *tuning_of(row.shape());
+  return plan_boxes(row.shape(), p, weight, device,
+                    {device.sm_count, tuning.min_steps, tuning.most_sharers},
+                    wish_for(row, p, device));
 }
 
 // Whether a plan says how its work is cut, and not ranges of steps.
@@ -39,12 +45,7 @@ bool has_plan(const KernelRow& row) { return row.shape().kernel == Kernel::kHopp
 
 HopperPlan plan(const KernelRow& row, const Problem& p, const CudaTile64& weight,
                 const DeviceInfo& device) {
-  HopperWish wish = forced_choice().wish;
-  const Measured* const measured = measured_for(p, device);
-  if (forced_choice().kernel == nullptr && measured != nullptr &&
-      std::strcmp(measured->choice.kernel, row.name()) == 0)
-    wish = measured_wish(*measured, p, device);
-  return plan_hopper(row.shape(), p.M, weight, device, wish);
+  return plan_hopper(row.shape(), p.M, weight, device, wish_for(row, p, device));
 }
 
 // ---- cutting the work --------------------------------------------------------------------------------------------------
@@ -56,6 +57,8 @@ Schedule cut(const Problem& p, const Tile& tile, const Tuning& tuning, int64_t s
   const int64_t tiles_n = div_up(columns, tile.rows), tiles_m = div_up(p.M, tile.tokens);
   LOWBIT_CHECK(tiles_n * tiles_m < (int64_t{1} << 31), "M=", p.M, " N=", p.N, " K=", p.K,
                " makes more tiles than one launch takes");
+  LOWBIT_CHECK(tiles_n * tiles_m * div_up(depth, tile.step) < (int64_t{1} << 32), "M=", p.M,
+               " N=", p.N, " K=", p.K, " makes more steps than one launch takes");
   const bool whole = (p.flags & kBatchInvariant) != 0 || tiles_n * tiles_m > kMaxShared;
   return make_schedule(
       static_cast<int>(tiles_n), static_cast<int>(tiles_m),
@@ -75,7 +78,7 @@ int64_t piece(int64_t bytes) { return round_up(bytes, 256); }
 void cut_ranges(const KernelRow& row, const Problem& p, const CudaTile64& weight,
                 const DeviceInfo& device, Config& config) {
   const Tile& tile = row.shape();
-  const Residency resident = fit(row, p, weight, device);
+  const Residency resident = residency(tile, weight, device.shared_per_block, device.shared_per_sm);
   config.stages = resident.stages;
   config.shared_bytes = resident.shared_bytes;
   const int64_t slots = int64_t{std::max(resident.blocks_per_sm, 1)} * device.sm_count;
@@ -83,8 +86,22 @@ void cut_ranges(const KernelRow& row, const Problem& p, const CudaTile64& weight
   config.efficiency = efficiency_of(config.schedule, slots);
   config.shares_tiles = shares_tiles(config.schedule);
   if (config.shares_tiles)
-    config.partial_bytes =
-        piece(int64_t{2} * config.schedule.blocks * tile.rows * config.tokens * 4);
+    config.partial_bytes = piece(int64_t{2} * config.schedule.blocks * tile.rows * tile.tokens * 4);
+}
+
+void cut_boxes(const KernelRow& row, const Problem& p, const CudaTile64& weight,
+               const DeviceInfo& device, Config& config) {
+  const BoxPlan chosen = box_plan(row, p, weight, device);
+  config.boxes = chosen.cluster;
+  config.tokens = chosen.tokens;
+  config.stages = chosen.resident.stages;
+  config.shared_bytes = chosen.resident.shared_bytes;
+  config.schedule = chosen.schedule;
+  config.efficiency = efficiency_of(chosen.schedule, chosen.slots);
+  config.shares_tiles = shares_tiles(chosen.schedule);
+  const int64_t blocks = int64_t{chosen.schedule.blocks} * chosen.cluster.blocks();
+  if (config.shares_tiles)
+    config.partial_bytes = piece(2 * blocks * row.shape().rows * config.tokens * 4);
 }
 
 void cut_hopper(const KernelRow& row, const Problem& p, const CudaTile64& weight,
@@ -114,10 +131,11 @@ Config configure(const KernelRow& row, const Problem& p, const CudaTile64& weigh
   Config config{};
   config.row = &row;
   config.efficiency = 1.0;
-  config.tokens = tokens_of(row.shape(), p);
   if (row.general) return config;
   if (has_plan(row)) {
     cut_hopper(row, p, weight, device, config);
+  } else if (has_warpgroups(row.shape().kernel)) {
+    cut_boxes(row, p, weight, device, config);
   } else {
     cut_ranges(row, p, weight, device, config);
   }
@@ -159,12 +177,19 @@ bool refuses(const KernelRow& row, const Problem& p, const CudaTile64& weight,
   if (row.hopper && !device.hopper) return why("this build has no code for 90a");
   if (row.refuse(p, weight, why) || refuse_order(row, p, why)) return true;
   if (has_plan(row)) {
-    const int32_t cluster = forced_choice().wish.cluster;
+    const int32_t cluster = wish_for(row, p, device).cluster;
     if (cluster > weight.tiles)
       return why("clusters of ", cluster, " blocks have no share each in the ", weight.tiles,
                  " tiles of K=", p.K);
     if (plan(row, p, weight, device).strips > 0) return false;
-  } else if (row.general || fit(row, p, weight, device).blocks_per_sm > 0) {
+  } else if (has_warpgroups(row.shape().kernel)) {
+    if (box_plan(row, p, weight, device).cluster.rows > 0) return false;
+    const HopperWish wish = wish_for(row, p, device);
+    if (wish.strips > 2 || wish.cluster > 2)
+      return why("there are no clusters of ", wish.strips, " x ", wish.cluster, " blocks");
+  } else if (row.general ||
+             residency(row.shape(), weight, device.shared_per_block, device.shared_per_sm)
+                     .blocks_per_sm > 0) {
     return false;
   }
   return why("a block's shared memory, ", device.shared_per_block / 1024,
@@ -315,11 +340,16 @@ std::string to_string(const Config& c) {
                   "% busy; workspace ", c.workspace_bytes, " bytes",
                   c.prepares ? ", x copied" : "");
   }
-  return concat(t.name, ": tiles of ", t.rows, " x ", c.tokens, ", steps of ", t.step, ", ",
-                t.warps(), " warps, ", c.stages, " stages, ", c.shared_bytes, " bytes shared; ",
-                s.tiles_n, " x ", s.tiles_m, " tiles of ", s.steps_per_tile, " steps on ", s.blocks,
-                " blocks", c.shares_tiles ? ", shared" : "", ", ", percent.str(),
-                "% busy; workspace ", c.workspace_bytes, " bytes", c.prepares ? ", x copied" : "");
+  // Where blocks share what they copy, a tile of the schedule is that of a cluster.
+  const bool boxes = has_warpgroups(t.kernel);
+  const std::string cluster =
+      c.boxes.blocks() == 1 ? "" : concat(", clusters of ", c.boxes.rows, " x ", c.boxes.tokens);
+  return concat(t.name, ": tiles of ", t.rows, " x ", boxes ? c.tokens : t.tokens, ", steps of ",
+                t.step, ", ", t.warps(), " warps", cluster, ", ", c.stages, " stages, ",
+                c.shared_bytes, " bytes shared; ", s.tiles_n, " x ", s.tiles_m, " tiles of ",
+                s.steps_per_tile, " steps on ", s.blocks, cluster.empty() ? " blocks" : " clusters",
+                c.shares_tiles ? ", shared" : "", ", ", percent.str(), "% busy; workspace ",
+                c.workspace_bytes, " bytes", c.prepares ? ", x copied" : "");
 }
 
 }  // namespace lowbit::cuda

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/problem.h"
+#include "cuda/box_stages.h"
 #include "cuda/hopper_plan.h"
 #include "cuda/params.h"
 #include "cuda/runtime.h"
@@ -58,6 +59,7 @@ struct Config {
   bool shares_tiles;      // some tile is summed by several blocks: counters and partials are needed
   bool prepares;          // rows of x are copied into the workspace first
   HopperPlan hopper;      // of the row's kind; else empty
+  BoxCluster boxes;       // of kernels of warpgroups, as `tokens`
   int tokens;             // of a tile
   int stages;             // of a block's ring in shared memory
   int64_t shared_bytes;   // of a block
@@ -76,7 +78,8 @@ LOWBIT_API Config select(const Problem& problem, const CudaTile64& weight,
 
 // Restricts selection to the row of this name in every op that has one, until called with "". Rows that merely stand
 // aside for a faster one then run; those that cannot still refuse. LOWBIT_KERNEL in the environment does the same. The
-// decode kernels for Hopper take a plan behind their name: "hopper_stream_m8:2x4" has 2 strips, and clusters of 4 blocks.
+// kernels for Hopper take a plan behind their name: "hopper_stream_m8:2x4" has 2 strips, and clusters of 4 blocks;
+// "hopper_a8_fp8_m128:2x1" has clusters of 2 blocks that share x, and of 1 that share weights.
 LOWBIT_API void force_kernel(const std::string& name);
 LOWBIT_API std::string forced_kernel();
 

@@ -91,7 +91,7 @@ Workspace::Workspace(const char* op, const Config& config, const OptionalTensor&
   base_ = reinterpret_cast<uint8_t*>((address + 255) / 256 * 256);
   if (!given.has_value() && config.shares_tiles) {
     const Schedule& s = config.schedule;
-    fill_zero(base_, int64_t{s.tiles_n} * s.tiles_m * 4, stream);
+    fill_zero(base_, int64_t{s.tiles_n} * s.tiles_m * config.boxes.blocks() * 4, stream);
   }
 }
 

@@ -58,6 +58,14 @@ struct HopperTuning {
 };
 inline constexpr HopperTuning kHopperTuning = {0.5, 8192, 4096, 1.2};
 
+// The same of kernels of warpgroups (box_plan.cpp), in cycles. Unmeasured: 5.5 TB/s of the L2 for 132 multiprocessors at 1.75 GHz.
+struct BoxTuning {
+  double bytes_per_cycle;  // that a multiprocessor gets of the L2
+  double
+      cluster_cost;  // steps slow by this part for each doubling of a cluster, whose blocks wait for each other
+};
+inline constexpr BoxTuning kBoxTuning = {24.0, 0.02};
+
 // Kernels for Hopper have run in the emulator only, and a mistake that it cannot show may hang a device. They stand aside,
 // where nothing forces them, until a sweep (bench/sweep.py) has found them right and faster on one.
 inline constexpr const char* kUnmeasured =

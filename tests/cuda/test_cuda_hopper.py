@@ -115,7 +115,7 @@ def test_a_plan_that_does_not_fit_is_refused(backend: Any, kernel: str) -> None:
 
 @pytest.mark.parametrize("plan", ["", "0x1", "1x", "2x4x", "a"])
 def test_plans_are_spelled_out(plan: str) -> None:
-    with pytest.raises(ValueError, match=r"only those that stream on Hopper take a plan, such as hopper_stream_m8:2x4"):
+    with pytest.raises(ValueError, match=r"only Hopper's take a plan, such as hopper_stream_m8:2x4"):
         _C.force_kernel(f"hopper_stream_m8:{plan}")
-    with pytest.raises(ValueError, match="only those that stream on Hopper take a plan"):
+    with pytest.raises(ValueError, match="only Hopper's take a plan"):
         _C.force_kernel("stream_m8:2x4")

@@ -63,7 +63,7 @@ def columns_of(kernel: str) -> list[int]:
 
 
 def config(kernel: str, M: int, x: str = "bfloat16") -> str:
-    op = "gemm_a8" if kernel in A8 else "gemm"
+    op = "gemm_a8" if kernel.startswith("hopper_a8") else "gemm"
     desc = cuda_desc(Spec("int4", "none", 128, "float32"))
     with forced(kernel):
         return _C.describe_config(op, "sm_90", M, 4096, 4096, desc, x, 0)
@@ -77,7 +77,7 @@ def test_tiles_are_as_wide_as_m_and_no_wider(kernel: str) -> None:
     for M in (1, 8, 9, 24, 33, 40, 64, 65, 72, 96, 100, 128, 129, 136, 192, 200, 256, 257, 1000, 4096):
         tiles = -(-M // widths[-1])
         width = next(n for n in widths if n * tiles >= M)
-        text = config(kernel, M, x)
+        text = config(f"{kernel}:1x1", M, x)
         assert f" x {width}, steps" in text and f" x {tiles} tiles" in text, (M, text)
 
 
@@ -118,6 +118,46 @@ def test_narrow_tiles_of_bytes(backend: Any, kernel: str) -> None:
                 on(backend, xq), on(backend, scales), None, w, None, N, K, cuda_desc(spec), 0, torch.float32
             )
         assert torch.equal(y.cpu(), x[:, 5 * torch.arange(N) % K].float()), n
+
+
+@pytest.mark.parametrize("plan", ["2x1", "1x2", "2x2"])
+@pytest.mark.parametrize("kernel", [*KERNELS, *A8])
+def test_blocks_that_share_what_they_copy(backend: Any, kernel: str, plan: str) -> None:
+    """What blocks compute that share nothing, and the same bits in every order of threads and blocks. Clusters share tiles, and
+    N and M end inside of clusters: some blocks have no rows, or no tokens."""
+    tokens = tokens_of(kernel)
+    spec = Spec("int4", "none", 32, "float16")
+    a8 = kernel in A8
+    M, N, K = 11 if plan == "2x1" else tokens + 5, 330, 1100
+    weight = cases.random_weight(spec, N, K)
+    xq, scales = None, torch.ones(M, 1)
+    if a8:
+        codes = torch.randint(-7, 8, (M, K), generator=cases.generator(M, K))
+        xq = codes.to(torch.int8 if "int" in kernel else torch.float8_e4m3fn)
+    results = []
+    for seed, (name, order) in enumerate(((f"{kernel}:1x1", ORDERS[0]), *((f"{kernel}:{plan}", o) for o in ORDERS))):
+        backend.set_device(90, 100)
+        backend.set_order(order, seed)
+        with forced(name):
+            if xq is None:
+                results.append(gemm(backend, Problem(spec, M, N, K, torch.bfloat16), weight=weight))
+                continue
+            given = (on(backend, xq), on(backend, scales), None, pack(backend, weight), None)
+            results.append(backend.ops.gemm_a8(*given, N, K, cuda_desc(spec), 0, torch.float32).cpu())
+    for y in results[1:]:
+        reference.assert_close(y, (results[0].double(), results[0].double().abs() * 2**-8 + 1e-3), (kernel, plan))
+    assert all(torch.equal(results[1], y) for y in results[2:])
+
+
+def test_clusters_are_spelled_out() -> None:
+    text = config("hopper_matrix_m64:2x2", 40)  # 20 tokens for each block: 24, or halves of eight
+    assert "tiles of 256 x 32, steps of 128, 8 warps, clusters of 2 x 2, " in text, text
+    assert "8 x 1 tiles of 32 steps on 32 clusters" in text, text
+    int4 = cuda_desc(Spec("int4", "none", 128, "float32"))
+    with forced("hopper_matrix_m64:4x1"):
+        reasons = dict(_C.explain("gemm", "sm_90", 64, 4096, 4096, int4, "bfloat16", 0))
+        assert reasons["cuda_hopper_matrix_m64_sm_90"] == "there are no clusters of 4 x 1 blocks"
+        assert reasons["cuda_hopper_matrix_m128_sm_90"] == "kernel hopper_matrix_m64 is forced"
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

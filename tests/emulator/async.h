@@ -55,6 +55,8 @@ struct Flight {
   int thread;
   Site at;
   uint8_t *begin = nullptr, *end = nullptr;  // of all its pieces
+  bool from_other =
+      false;  // a block of the cluster, which does not know whether this one has announced the bytes
 };
 
 // Where a copy has landed, until the next one does.
@@ -77,7 +79,7 @@ struct Async {
   // These return what is wrong, or nothing.
   std::string land(size_t flight);
   std::string arrive(uint64_t* barrier);
-  std::string complete(uint64_t* barrier, int64_t bytes);
+  std::string complete(uint64_t* barrier, int64_t bytes, bool from_other);
 
   void add_reader(const uint64_t* barrier, const Thread& thread);
   void forget_readers();
@@ -89,6 +91,9 @@ struct Async {
 
 // Issues a copy of this thread; alignment is the caller's to check. `what` is its name in messages.
 void start_copy(const char* what, const std::vector<Piece>& pieces, uint64_t* barrier, Site at);
+// One to each block of the cluster whose bit is set: to where the pieces and the barrier stand in it.
+void start_copies(const char* what, const std::vector<Piece>& pieces, uint64_t* barrier,
+                  uint16_t blocks, Site at);
 
 // "the phase of parity 0 of the mbarrier at byte 64 ..."; null is the barrier of the cluster.
 std::string describe_barrier(const Block& block, const uint64_t* barrier);

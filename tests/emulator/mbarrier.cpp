@@ -160,7 +160,7 @@ std::string Async::land(size_t index) {
                                }),
                 regions.end());
   regions.push_back(region);
-  return complete(flight.barrier, flight.bytes);
+  return complete(flight.barrier, flight.bytes, flight.from_other);
 }
 
 std::string Async::arrive(uint64_t* barrier) {
@@ -173,10 +173,10 @@ std::string Async::arrive(uint64_t* barrier) {
   return settle(barrier, state);
 }
 
-std::string Async::complete(uint64_t* barrier, int64_t bytes) {
+std::string Async::complete(uint64_t* barrier, int64_t bytes, bool from_other) {
   Mbarrier& state = barriers.at(barrier);
   state.announced -= bytes;
-  if (state.announced < 0) {
+  if (state.announced < 0 && !(from_other && state.pending > 0)) {
     return concat(-state.announced, " bytes come to ", place_of(*block, barrier),
                   " that no expect_tx has announced");
   }
@@ -224,9 +224,12 @@ void Async::forget_reader(const Thread& thread) {
 
 // ---- copies ------------------------------------------------------------------------------------------------------------
 
-void start_copy(const char* what, const std::vector<Piece>& pieces, uint64_t* barrier, Site at) {
-  Thread& thread = this_thread();
-  Block& block = *thread.block;
+namespace {
+
+// Into shared memory of `block`, which may be another one of the cluster.
+void start_in(Block& block, const char* what, const std::vector<Piece>& pieces, uint64_t* barrier,
+              Site at) {
+  const Thread& thread = this_thread();
   const Mbarrier& state = find(block, barrier, what, at);
   if (!state.fenced) {
     fail_here(concat("a ", what, " completes on ", place_of(block, barrier),
@@ -234,8 +237,9 @@ void start_copy(const char* what, const std::vector<Piece>& pieces, uint64_t* ba
               at);
   }
   Flight flight{what, pieces, {}, barrier, 0, thread.index, at, pieces[0].to, pieces[0].to};
+  flight.from_other = &block != thread.block;
   for (const Piece& piece : pieces) {
-    if (!is_shared(piece.to, piece.bytes)) {
+    if (piece.to < block.shared || block.offset(piece.to) + piece.bytes > block.shared_bytes) {
       fail_here(concat("a ", what, " of ", piece.bytes, " bytes to byte ", block.offset(piece.to),
                        " of the ", block.shared_bytes, " bytes of shared memory"),
                 at);
@@ -253,9 +257,30 @@ void start_copy(const char* what, const std::vector<Piece>& pieces, uint64_t* ba
     std::memset(piece.to, block.settings.poison, static_cast<size_t>(piece.bytes));
   }
   const bool at_once = block.settings.threads == Order::kRandom && block.random.below(4) == 0 &&
-                       state.announced >= flight.bytes;
+                       (state.announced >= flight.bytes || flight.from_other);
   block.async.flights.push_back(std::move(flight));
   if (at_once) fail_if(block.async.land(block.async.flights.size() - 1), at);
+}
+
+}  // namespace
+
+void start_copy(const char* what, const std::vector<Piece>& pieces, uint64_t* barrier, Site at) {
+  start_in(*this_thread().block, what, pieces, barrier, at);
+}
+
+void start_copies(const char* what, const std::vector<Piece>& pieces, uint64_t* barrier,
+                  uint16_t blocks, Site at) {
+  if (blocks == 0) fail_here(concat("a ", what, " to no block"), at);
+  const uint8_t* const own = this_thread().block->shared;
+  for (uint32_t rank = 0; blocks >> rank != 0; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    Block& block = other_block(barrier, 8, rank, what, at);
+    std::vector<Piece> there = pieces;
+    for (Piece& piece : there) piece.to = block.shared + (piece.to - own);
+    auto* const its =
+        reinterpret_cast<uint64_t*>(block.shared + (reinterpret_cast<uint8_t*>(barrier) - own));
+    start_in(block, what, there, its, at);
+  }
 }
 
 }  // namespace lowbit::emulator
@@ -361,7 +386,8 @@ void mbarrier_arrive_remote(uint64_t* own, uint32_t rank, Site at) {
   fail_if(other.async.arrive(barrier), at);
 }
 
-void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier, Site at) {
+// Ends the launch where a bulk copy is not made of 16 bytes; else it is one piece.
+static std::vector<Piece> bulk_piece(void* to, const void* from, uint32_t bytes, Site at) {
   for (const auto& [value, what] : {std::pair(reinterpret_cast<uintptr_t>(to), "destination"),
                                     std::pair(reinterpret_cast<uintptr_t>(from), "source"),
                                     std::pair(uintptr_t{bytes}, "size")}) {
@@ -371,8 +397,16 @@ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier, Si
           at);
     }
   }
-  start_copy("bulk copy", {{static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), bytes}},
-             barrier, at);
+  return {{static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), bytes}};
+}
+
+void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier, Site at) {
+  start_copy("bulk copy", bulk_piece(to, from, bytes, at), barrier, at);
+}
+
+void copy_bulk_shared(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                      uint16_t blocks, Site at) {
+  start_copies("bulk copy", bulk_piece(to, from, bytes, at), barrier, blocks, at);
 }
 
 void copy_bulk_once(void* to, const void* from, uint32_t bytes, uint64_t* barrier, uint64_t policy,

@@ -26,6 +26,8 @@ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
                Site at = Site::here());
 void copy_bulk_once(void* to, const void* from, uint32_t bytes, uint64_t* barrier, uint64_t policy,
                     Site at = Site::here());
+void copy_bulk_shared(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                      uint16_t blocks, Site at = Site::here());
 
 // ---- clusters ----------------------------------------------------------------------------------------------------------
 

@@ -72,5 +72,8 @@ void lower_registers(Site at = Site::here()) {
 
 void copy_box(void* to, const TensorMap& map, int32_t row, int32_t column, uint64_t* barrier,
               Site at = Site::here());
+void copy_box_shared(void* to, const TensorMap& map, int32_t row, int32_t column, uint64_t* barrier,
+                     uint16_t blocks, Site at = Site::here());
+void prefetch_map(const TensorMap& map, Site at = Site::here());
 
 }  // namespace lowbit::cuda::ptx

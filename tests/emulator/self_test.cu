@@ -412,7 +412,7 @@ static void run_check(const Check& check) {
 
 int main(int count, char** words) {
   const std::string what = count > 1 ? words[1] : "", name = count > 2 ? words[2] : "";
-  for (const auto* mistakes : {&kPlanted, &kHopperPlanted, &kWgmmaPlanted}) {
+  for (const auto* mistakes : {&kPlanted, &kHopperPlanted, &kWgmmaPlanted, &kSharedPlanted}) {
     for (const Planted& planted : *mistakes) {
       if (what == "list") std::printf("planted %s\n", planted.name);
       if (what == "planted" && name == planted.name) {

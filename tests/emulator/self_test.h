@@ -19,7 +19,7 @@ struct Planted {
   // Fills `out` with what the kernel computed.
   void (*run)(bool wrong, std::vector<float>& out);
 };
-extern const std::vector<Planted> kPlanted, kHopperPlanted, kWgmmaPlanted;
+extern const std::vector<Planted> kPlanted, kHopperPlanted, kWgmmaPlanted, kSharedPlanted;
 
 // ---- checks against plain arithmetic; each throws Error with the first difference --------------------------------------
 

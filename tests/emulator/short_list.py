@@ -88,6 +88,11 @@ def gemm_cases(kernel: str) -> list[Case]:
         cases += [
             gemm(f"{kernel}:{plan}", INT4, 3, 150, K, 4) for plan, K in (("1x1", 2200), ("2x4", 4400), ("4x2", 1300))
         ]
+    if kernel.startswith("hopper_matrix_m"):
+        # Blocks that share what they copy: stages refilled, tiles shared among clusters, tiles past N and past M.
+        cases.append(gemm(f"{kernel}:2x2", INT4, tokens + 3, 300, 1700, 12))
+        if kernel == "hopper_matrix_m64":
+            cases += [gemm(f"{kernel}:2x1", TABLE, 9, 600, 712, 4), gemm(f"{kernel}:1x2", BLOCKS, 70, 130, 1300, 2)]
     return cases
 
 
@@ -149,6 +154,7 @@ def gemm_a8_cases(kernel: str) -> list[Case]:
         "hopper"
     ):  # refuses scales that are no floats; more steps than stages, so that these are refilled
         cases.append(gemm_a8(kernel, *kinds[0], 2, 70, 1300, 1))
+        cases.append(gemm_a8(f"{kernel}:2x2", *kinds[0], 66, 300, 1300, 8))
     else:
         other = POWERS if kernel.startswith("a8_fp8") else LEVELS_ASTRIDE
         cases.append(gemm_a8(kernel, other, "fp8" if other is POWERS else "int8", 0, 2, 70, 264, 2))

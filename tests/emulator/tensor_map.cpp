@@ -51,10 +51,15 @@ namespace ptx {
 
 using namespace emulator;
 
-void copy_box(void* to, const TensorMap& map, int32_t row, int32_t column, uint64_t* barrier,
-              Site at) {
-  check_hopper("copy_box", at);
-  if (map.words[15] != kMade) fail_here("copy_box from a tensor map that nobody made", at);
+static void check_map(const char* what, const TensorMap& map, Site at) {
+  check_hopper(what, at);
+  if (map.words[15] != kMade) fail_here(concat(what, " from a tensor map that nobody made"), at);
+}
+
+// A box as it is to lie in shared memory from `to` on.
+static std::vector<Piece> box_pieces(void* to, const TensorMap& map, int32_t row, int32_t column,
+                                     Site at) {
+  check_map("copy_box", map, at);
   const Encoded e{map.words[0], map.words[1], map.words[2],
                   map.words[3], map.words[4], map.words[5]};
   const auto height = static_cast<int>(e.box_rows);
@@ -81,8 +86,20 @@ void copy_box(void* to, const TensorMap& map, int32_t row, int32_t column, uint6
       if (bytes < kPiece) pieces.push_back({piece + bytes, nullptr, kPiece - bytes});
     }
   }
-  start_copy("copy_box", pieces, barrier, at);
+  return pieces;
 }
+
+void copy_box(void* to, const TensorMap& map, int32_t row, int32_t column, uint64_t* barrier,
+              Site at) {
+  start_copy("copy_box", box_pieces(to, map, row, column, at), barrier, at);
+}
+
+void copy_box_shared(void* to, const TensorMap& map, int32_t row, int32_t column, uint64_t* barrier,
+                     uint16_t blocks, Site at) {
+  start_copies("copy_box", box_pieces(to, map, row, column, at), barrier, blocks, at);
+}
+
+void prefetch_map(const TensorMap& map, Site at) { check_map("prefetch_map", map, at); }
 
 }  // namespace ptx
 }  // namespace lowbit::cuda

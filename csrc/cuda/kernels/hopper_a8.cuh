@@ -40,8 +40,13 @@ class HopperA8 : public Consumer<kTile> {
   using Parts = Part[kFragments][kCount];
   using Sums = float[kFragments][kCount];
 
-  __device__ HopperA8(const GemmParams& p, const BoxStage& stage)
-      : p_(p), stage_(stage), group_of_(p.w), cells_((p.w.K + kCellK - 1) / kCellK), math_(p.w) {}
+  __device__ HopperA8(const GemmParams& p, const BoxStage& stage, const Team& team)
+      : Base(p, team),
+        p_(p),
+        stage_(stage),
+        group_of_(p.w),
+        cells_((p.w.K + kCellK - 1) / kCellK),
+        math_(p.w) {}
 
   // A run is what parts hold in the end: products of one group, of kMostSteps at most. Between the issue of a product and
   // the wait for it the next one's A is decoded; the other warpgroup's products fill the gap until that is issued. (Two in

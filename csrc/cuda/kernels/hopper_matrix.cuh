@@ -31,8 +31,9 @@ class HopperMatrix : public Consumer<kTile> {
   static constexpr int kBoxCells = kTileCells / boxes(Base::kShape);
   static constexpr int kPieces = 2 * kCellK / 16;  // of 16 bytes, in a token's cell
 
-  __device__ HopperMatrix(const GemmParams& p, const BoxStage& stage)
-      : p_(p),
+  __device__ HopperMatrix(const GemmParams& p, const BoxStage& stage, const Team& team)
+      : Base(p, team),
+        p_(p),
         stage_(stage),
         group_of_(p.w),
         cells_((p.w.K + kCellK - 1) / kCellK),
@@ -44,11 +45,11 @@ class HopperMatrix : public Consumer<kTile> {
     group_ = -1;
     if (p_.w.zero_kind != ZeroKind::kInt) load_zeros<kFormat, T>(p_.w, nullptr, 0, zeros_);
     for_each_value(sums, 0, [](float& v, int) { v = 0.0f; });
-    uint64_t* before = nullptr;  // the barrier of the step before, whose stage wgmma may still read
+    int before = -1;  // the stage of the step before, which wgmma may still read
     for (int step = segment.first; step < segment.last; ++step) {
       ptx::mbarrier_wait(memory.full + place.slot, place.parity);
-      multiply_step(dynamic_shared() + place.slot * stage_.bytes, step, before, sums);
-      before = memory.empty + place.slot;
+      multiply_step(dynamic_shared() + place.slot * stage_.bytes, step, memory, before, sums);
+      before = place.slot;
       place.advance(p_.stages);
     }
     ptx::wgmma_wait<0>();
@@ -57,12 +58,13 @@ class HopperMatrix : public Consumer<kTile> {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) ptx::wgmma_pin(sums[i][j]);
     }
-    release(before);
+    release(memory.empty + before);
   }
 
  private:
   // Cells past K are multiplied like others: their codes are zero, and so is x.
-  __device__ void multiply_step(const uint8_t* stage, int step, uint64_t* before, Sums& sums) {
+  __device__ void multiply_step(const uint8_t* stage, int step, const BlockMemory& memory,
+                                int before, Sums& sums) {
     const uint8_t* const strip = stage + stage_.weights + Base::strip() * stage_.strip;
     const uint8_t* const codes = strip + 4 * Base::fragment();
     const int first_group = group_of_(step * kTileCells);
@@ -72,7 +74,6 @@ class HopperMatrix : public Consumer<kTile> {
     load_cell<kFormat, kTileCells, kFragments>(codes, 0, lane, words);
     uint64_t x = wgmma_swizzled(stage);
     const int next_box = stage_.box / 16 - (kBoxCells - 2) * kPieces;
-    bool releases = before != nullptr;
     // Two at a time: a_ has two halves, which are to be registers.
 #pragma unroll 1
     for (int first = 0; first < kTileCells; first += 2) {
@@ -89,9 +90,8 @@ class HopperMatrix : public Consumer<kTile> {
           load_cell<kFormat, kTileCells, kFragments>(codes, first + j + 1, lane, words);
         ptx::wgmma<kKind>(sums, a_[j], x + j * kPieces, stage_.columns, true);
         ptx::wgmma_wait<1>();
-        if (j == 0 && releases) release(before);
+        if (j == 0 && first == 0 && before >= 0) release(memory.empty + before);
       }
-      releases = false;
       x += static_cast<uint64_t>(first + 2 == kBoxCells ? next_box : 2 * kPieces);
     }
   }
