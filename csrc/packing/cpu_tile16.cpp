@@ -15,21 +15,10 @@ int block_k(const CanonicalShape& shape, const Desc& desc) {
   return short_groups && shape.group_size % 8 == 0 ? 8 : 32;
 }
 
-void lay_planes(CpuTile16& tile) {
-  const int bits = tile.shape.bits;
-  const int low = bits >= 8 ? 8 : bits >= 4 ? 4 : 2;
-  const int widths[2] = {low, bits - low};
-  const int quads = tile.kb / 4;
-  int offset = 0, position = 0;
-  tile.plane_count = widths[1] > 0 ? 2 : 1;
-  for (int p = 0; p < tile.plane_count; ++p) {
-    // Narrow planes of short blocks leave part of their bytes unused rather than share them across blocks.
-    const int per_vector = std::min(8 / widths[p], quads);
-    tile.planes[p] = {widths[p], position, per_vector, offset};
-    offset += quads / per_vector * kVectorBytes;
-    position += widths[p];
-  }
-  tile.block_bytes = offset;
+// Short blocks leave part of their bytes unused rather than share them.
+int block_vectors(int bits, int kb) {
+  const int quads = kb / 4, whole = whole_quads(bits);
+  return std::min(bits, static_cast<int>(div_up(quads, whole)));
 }
 
 void lay_tables(CpuTile16& t) {
@@ -66,7 +55,7 @@ CpuTile16 cpu_tile16(int64_t N, int64_t K, const Desc& desc) {
   CpuTile16 t{};
   t.shape = canonical_shape(N, K, desc);
   t.kb = block_k(t.shape, desc);
-  lay_planes(t);
+  t.block_bytes = block_vectors(t.shape.bits, t.kb) * kVectorBytes;
   t.blocks = div_up(K, t.kb);
   t.K_padded = t.blocks * t.kb;
   t.strips = div_up(N, kTileRows);
@@ -92,18 +81,15 @@ void pack_strip(const CpuTile16& t, const CanonicalConst& from, int64_t strip, u
                scratch + n * t.K_padded);
   }
   for (int64_t block = 0; block < t.blocks; ++block) {
-    for (int p = 0; p < t.plane_count; ++p) {
-      const Plane& plane = t.planes[p];
-      const unsigned mask = (1u << plane.bits) - 1u;
-      uint8_t* base = to + block * t.block_bytes + plane.offset;
-      for (int quad = 0; quad < t.kb / 4; ++quad) {
-        uint8_t* vector = base + quad / plane.quads_per_vector * kVectorBytes;
-        const int shift = quad % plane.quads_per_vector * plane.bits;
-        const uint8_t* codes = scratch + block * t.kb + quad * 4;
-        for (int n = 0; n < rows; ++n) {
+    for (int quad = 0; quad < t.kb / 4; ++quad) {
+      const uint8_t* codes = scratch + block * t.kb + quad * 4;
+      for (const CodePiece& piece : code_pieces(s.bits, quad).piece) {
+        const unsigned mask = (1u << piece.bits) - 1u;
+        uint8_t* vector = to + block * t.block_bytes + piece.vector * kVectorBytes;
+        for (int n = 0; n < rows && piece.bits > 0; ++n) {
           for (int j = 0; j < 4; ++j) {
-            const unsigned part = (codes[n * t.K_padded + j] >> plane.position) & mask;
-            vector[4 * n + j] = static_cast<uint8_t>(vector[4 * n + j] | part << shift);
+            const unsigned part = (codes[n * t.K_padded + j] >> piece.position) & mask;
+            vector[4 * n + j] = static_cast<uint8_t>(vector[4 * n + j] | part << piece.shift);
           }
         }
       }

@@ -3,9 +3,9 @@
 //   tensor = strip 0 | strip 1 | ... | strip ceil(N/16)-1 | perm int32[K] (if any)
 //   strip  = codes of all of K | scales [G][16] | zeros or offsets [G][16] | super scales, their zeros | padding to 64 bytes
 //   codes  = blocks of kb consecutive k: 32, or 8 where the group size is no multiple of 16
-//   block  = the planes of the format, one behind the other: 2 -> {2}, 3 -> {2,1}, 4 -> {4}, 5 -> {4,1}, 6 -> {4,2}, 8 -> {8} bits
-//   plane  = 64-byte vectors. Byte 4*n + k%4 of a vector belongs to row n of the strip; its bits hold the same byte
-//            of P = 8 / plane_bits successive quads (k/4), the first quad in the lowest bits.
+//   block  = vectors of 64 bytes, of 32 k as many as a code has bits. Byte 4*n + k%4 of a vector belongs to row n of the strip;
+//            its bits hold the same byte of 8 / bits successive quads (k/4), the first quad in the lowest bits. Where bits are
+//            left over (3, 5 and 6), the last quads' codes lie there in pieces (code_pieces-inl.h).
 //
 //   four bits, one vector, two quads (k = 0..3 in the low nibbles, 4..7 in the high ones):
 //
@@ -34,18 +34,11 @@ namespace lowbit {
 inline constexpr int kTileRows = 16;
 inline constexpr int kVectorBytes = 64;
 
-struct Plane {
-  int bits;              // bits of the code in this plane
-  int position;          // where they sit in the code
-  int quads_per_vector;  // P
-  int offset;            // bytes from the start of the block
-};
+#include "packing/code_pieces-inl.h"
 
 struct CpuTile16 {
   CanonicalShape shape;
-  int kb;           // K per block
-  int plane_count;  // 1 or 2
-  Plane planes[2];
+  int kb;  // K per block
   int64_t block_bytes;
   int64_t blocks;                       // per strip
   int64_t K_padded;                     // blocks * kb
@@ -71,14 +64,12 @@ void unpack_strip(const CpuTile16& tile, const uint8_t* from, int64_t strip,
 inline unsigned tile16_code(const CpuTile16& tile, const uint8_t* strip, int n, int64_t k) {
   const uint8_t* block = strip + k / tile.kb * tile.block_bytes;
   const int within = static_cast<int>(k % tile.kb);
-  const int quad = within / 4;
+  const CodePieces pieces = code_pieces(tile.shape.bits, within / 4);
   unsigned code = 0;
-  for (int p = 0; p < tile.plane_count; ++p) {
-    const Plane& plane = tile.planes[p];
-    const int vector = quad / plane.quads_per_vector;
-    const int shift = quad % plane.quads_per_vector * plane.bits;
-    const unsigned byte = block[plane.offset + vector * kVectorBytes + 4 * n + within % 4];
-    code |= ((byte >> shift) & ((1u << plane.bits) - 1u)) << plane.position;
+  for (const CodePiece& piece : pieces.piece) {
+    if (piece.bits == 0) break;
+    const unsigned byte = block[piece.vector * kVectorBytes + 4 * n + within % 4];
+    code |= ((byte >> piece.shift) & ((1u << piece.bits) - 1u)) << piece.position;
   }
   return code;
 }

@@ -12,84 +12,65 @@
 // What takes a part of a kernel as an argument, and that part.
 #define LOWBIT_FORCED __attribute__((always_inline))
 
-template <int kBits>
-struct Codes;
+#include "packing/code_pieces-inl.h"
 
-// Element k of a plane of kBits, in the low bits of each lane.
 template <int kBits>
-V::I code_at(const uint8_t* b, uint32_t k) {
-  constexpr uint32_t kPerVector = 8 / kBits;  // quads
-  const uint32_t quad = k / 4, shift = quad % kPerVector * kBits + k % 4 * 8;
-  const V::I codes = V::iload(b + quad / kPerVector * 64);
-  return V::band(V::shr_by(codes, static_cast<int>(shift)), V::iset1((1 << kBits) - 1));
-}
+struct Codes {
+  // vector(v) gives vector v of the block.
+  template <int Q, class Vector>
+  LOWBIT_FORCED static V::I quad_of(const Vector& vector) {
+    constexpr CodePieces kPieces = code_pieces(kBits, Q);
+    V::I codes =
+        piece_of<kPieces.piece[0].shift, kPieces.piece[0].bits, 0>(vector(kPieces.piece[0].vector));
+    if constexpr (kPieces.piece[1].bits != 0) {
+      constexpr CodePiece p = kPieces.piece[1];
+      codes = V::bor(codes, piece_of<p.shift, p.bits, p.position>(vector(p.vector)));
+    }
+    if constexpr (kPieces.piece[2].bits != 0) {
+      constexpr CodePiece p = kPieces.piece[2];
+      codes = V::bor(codes, piece_of<p.shift, p.bits, p.position>(vector(p.vector)));
+    }
+    return codes;
+  }
+  template <int Q>
+  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
+    return quad_of<Q>([b](int v) LOWBIT_FORCED { return V::iload(b + v * 64); });
+  }
+  // Element k, in the low bits of each lane.
+  static V::I at(const uint8_t* b, uint32_t k) {
+    static constexpr CodePieces kTable[8] = {
+        code_pieces(kBits, 0), code_pieces(kBits, 1), code_pieces(kBits, 2), code_pieces(kBits, 3),
+        code_pieces(kBits, 4), code_pieces(kBits, 5), code_pieces(kBits, 6), code_pieces(kBits, 7)};
+    const CodePieces& pieces = kTable[k / 4];
+    V::I codes = piece_at(b, pieces.piece[0], k);
+    if constexpr (8 % kBits != 0) codes = V::bor(codes, piece_at(b, pieces.piece[1], k));
+    if constexpr (kBits == 5 || kBits == 6) codes = V::bor(codes, piece_at(b, pieces.piece[2], k));
+    return codes;
+  }
 
-template <>
-struct Codes<8> {
-  template <int Q>
-  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
-    return V::iload(b + 64 * Q);
-  }
-  static V::I at(const uint8_t* b, uint32_t k) { return code_at<8>(b, k); }
-};
-template <>
-struct Codes<4> {
-  template <int Q>
-  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
-    const V::I bytes = V::iload(b + Q / 2 * 64);
-    return Q % 2 == 1 ? V::shr8<4>(bytes) : V::band(bytes, V::iset1(0x0f0f0f0f));
-  }
-  static V::I at(const uint8_t* b, uint32_t k) { return code_at<4>(b, k); }
-};
-template <>
-struct Codes<2> {
-  template <int Q>
-  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
-    const V::I bytes = V::iload(b + Q / 4 * 64);
-    return Q % 4 == 3 ? V::shr8<6>(bytes) : V::band(V::shr<Q % 4 * 2>(bytes), V::iset1(0x03030303));
-  }
-  static V::I at(const uint8_t* b, uint32_t k) { return code_at<2>(b, k); }
-};
-template <>
-struct Codes<1> {
-  template <int Q>
-  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
-    const V::I bytes = V::iload(b);
-    return Q == 7 ? V::shr8<7>(bytes) : V::band(V::shr<Q>(bytes), V::iset1(0x01010101));
-  }
-  static V::I at(const uint8_t* b, uint32_t k) { return code_at<1>(b, k); }
-};
-// The upper bits go to their place by one shift, whatever crosses the bytes' borders on the way: the mask removes it.
-template <int kLow, int kHigh>
-struct TwoPlanes {
-  template <int Q>
-  LOWBIT_INLINE static V::I quad(const uint8_t* b) {
-    constexpr int kLowBytes = 16 * 32 * kLow / 8, kPerVector = 8 / kHigh;
-    constexpr int kRight = Q % kPerVector * kHigh - kLow;
-    const V::I vector = V::iload(b + kLowBytes + Q / kPerVector * 64);
-    const V::I mask = V::iset1((((1 << kHigh) - 1) << kLow) * 0x01010101);
-    return V::bor(Codes<kLow>::template quad<Q>(b), V::band(moved<kRight>(vector), mask));
-  }
-  template <int kRight>
-  LOWBIT_INLINE static V::I moved(V::I a) {
-    if constexpr (kRight < 0) {
-      return V::shl<-kRight>(a);
-    } else if constexpr (kRight > 0) {
-      return V::shr<kRight>(a);
+ private:
+  // Bits go to their place by one shift, whatever crosses the bytes' borders on the way: the mask removes it.
+  template <int kShift, int kCount, int kPosition>
+  LOWBIT_INLINE static V::I piece_of(V::I vector) {
+    constexpr int kRight = kShift - kPosition;
+    const V::I mask =
+        V::iset1(static_cast<int32_t>((0x01010101u * ((1u << kCount) - 1)) << kPosition));
+    if constexpr (kCount == 8) {
+      return vector;
+    } else if constexpr (kRight == 0) {
+      return V::band(vector, mask);
+    } else if constexpr (kPosition == 0 && kShift + kCount == 8) {
+      return V::shr8<kRight>(vector);
     } else {
-      return a;
+      return V::band(V::shr<kRight>(vector), mask);
     }
   }
-  static V::I at(const uint8_t* b, uint32_t k) {
-    return V::bor(code_at<kLow>(b, k), V::shl<kLow>(code_at<kHigh>(b + 16 * 32 * kLow / 8, k)));
+  static V::I piece_at(const uint8_t* b, const CodePiece& p, uint32_t k) {
+    const V::I bits = V::shr_by(V::iload(b + p.vector * 64), p.shift + static_cast<int>(k % 4 * 8));
+    const V::I piece = V::band(bits, V::iset1((1 << p.bits) - 1));
+    return 8 % kBits == 0 ? piece : V::imul(piece, V::iset1(1 << p.position));
   }
 };
-template <>
-struct Codes<3> : TwoPlanes<2, 1> {};
-template <>
-struct Codes<5> : TwoPlanes<4, 1> {};
-template <>
-struct Codes<6> : TwoPlanes<4, 2> {};
 
 // Adds four u8 codes of kBits times four s8 values to every 32-bit lane.
 template <int kBits>

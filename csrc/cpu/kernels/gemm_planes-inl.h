@@ -9,10 +9,12 @@
 // Included after V, codec-inl.h, zeros-inl.h and
 // split_rows-inl.h.
 
-// Bytes ahead. Measured on Zen 4 at M = 1 as a share of a streaming read's speed, with 1024, 2048 and 6144: 8 bits 95, 75 and
-// 75 %, 4 bits 79, 76 and 73, but 6 bits, whose blocks have two planes, 60, 70 and 68.
+// Bytes ahead. Few bits wait for arithmetic, and want the memory to be far ahead; more bits wait for the memory, which is
+// fastest where the hardware's own prefetching leads. Measured on Zen 4 at M = 1 with huge pages, as shares of a streaming read's
+// speed: 2 bits 58, 69, 70 % with 1024, 1536, 2048; 3 bits 62, 67, 66; 4 bits 87, 80, 80; 5 bits 77, 71, 76; 6 bits 84, 74,
+// 70; 8 bits 98, 88, 79.
 template <int kBits>
-constexpr int64_t kPrefetch = 8 % kBits == 0 ? 1024 : 2048;
+constexpr int64_t kPrefetch = kBits < 4 ? 2048 : 1024;
 
 // A tile is MR rows of x times NR strips: an element of x is broadcast once for NR dot products. Zen 4 broadcasts from
 // memory every other cycle, so that one strip at a time would wait for that. V::kPlaneSums counts the vectors of sums that
@@ -23,12 +25,39 @@ constexpr int kPlaneStrips = V::kPlaneSums / (P * MR) >= 4 ? 4 : V::kPlaneSums /
 template <int P, int MR, int NR>
 using PlaneSums = V::I[MR][NR][P];
 
-template <int Q, int kBits, int P, int MR, int NR>
-LOWBIT_UNROLLED inline void plane_quad(const uint8_t* const (&block)[NR], int64_t offset,
-                                       const int8_t* x, PlaneSums<P, MR, NR>& sums) {
-  V::I codes[NR];
+// Codes of one block of NR strips on their way to dot products. Where registers are to spare their vectors are loaded once,
+// in address order; else for every quad.
+template <int kBits, int NR, bool kKept>
+struct BlockCodes {
+  V::I vectors[NR][kKept ? kBits : 1];
+
+  template <int Q>
+  LOWBIT_UNROLLED void load(const uint8_t* const (&block)[NR], int64_t offset) {
+    constexpr CodePiece kPiece = code_pieces(kBits, Q).piece[0];
+    if constexpr (kKept && kPiece.shift == 0) {
 #pragma GCC unroll 4
-  for (int s = 0; s < NR; ++s) codes[s] = Codes<kBits>::template quad<Q>(block[s] + offset);
+      for (int s = 0; s < NR; ++s)
+        vectors[s][kPiece.vector] = V::kept(V::iload(block[s] + offset + kPiece.vector * 64));
+    }
+  }
+  template <int Q>
+  LOWBIT_UNROLLED V::I quad(const uint8_t* const (&block)[NR], int64_t offset, int s) const {
+    if constexpr (kKept) {
+      return Codes<kBits>::template quad_of<Q>([&](int v) LOWBIT_FORCED { return vectors[s][v]; });
+    } else {
+      return Codes<kBits>::template quad<Q>(block[s] + offset);
+    }
+  }
+};
+
+template <int Q, int kBits, int P, int MR, int NR, bool kKept>
+LOWBIT_UNROLLED inline void plane_quad(const uint8_t* const (&block)[NR], int64_t offset,
+                                       const int8_t* x, BlockCodes<kBits, NR, kKept>& from,
+                                       PlaneSums<P, MR, NR>& sums) {
+  V::I codes[NR];
+  from.template load<Q>(block, offset);
+#pragma GCC unroll 4
+  for (int s = 0; s < NR; ++s) codes[s] = from.template quad<Q>(block, offset, s);
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -41,83 +70,162 @@ LOWBIT_UNROLLED inline void plane_quad(const uint8_t* const (&block)[NR], int64_
   }
 }
 
+// Which dtype it is gets asked once for all strips. Integers have scales of their own in every row.
+template <int NR>
+LOWBIT_UNROLLED inline void load_scales(const WeightView& w, const uint8_t* const (&strip)[NR],
+                                        int64_t g, V::F (&scale)[NR]) {
+  const int64_t at = w.scales_offset + g * 16 * w.scale_bytes;
+  if (w.scale_dtype == ScaleDtype::kBFloat16) {
+#pragma GCC unroll 4
+    for (int s = 0; s < NR; ++s) scale[s] = V::load_bfloat(strip[s] + at);
+  } else if (w.scale_dtype == ScaleDtype::kFloat16) {
+#pragma GCC unroll 4
+    for (int s = 0; s < NR; ++s) scale[s] = V::load_half(strip[s] + at);
+  } else {
+#pragma GCC unroll 4
+    for (int s = 0; s < NR; ++s) scale[s] = load16(strip[s] + at, ScaleDtype::kFloat32);
+  }
+}
+
+// The zeros of a group, split as in zeros-inl.h, but for offsets: there any integer near -offset / scale will do.
+template <int kBits>
+LOWBIT_UNROLLED inline V::I split_zeros(const WeightView& w, const uint8_t* strip, int64_t g,
+                                        V::F& scale, V::F& rest) {
+  if (w.zero_kind != ZeroKind::kOffset) {
+    const SegmentZeros z = segment_zeros<kBits>(w, strip, g);
+    rest = z.rest;
+    return z.integer;
+  }
+  const V::F offset = group_zeros(w, strip, g);
+  scale = load16(strip + w.scales_offset + g * 16 * w.scale_bytes, w.scale_dtype);
+  const V::F zero = V::mul(V::sub(V::zero(), offset), V::near_reciprocal(scale));
+  const V::I integer = V::to_i(V::clamp(zero, V::zero(), V::set1(255.0f)));
+  rest = V::fma(V::to_f(integer), scale, offset);
+  return integer;
+}
+
+// Sums of one segment begin with what the zeros take off. Scales are set where offsets have asked for them.
+template <int kBits, int P, int MR, int NR>
+LOWBIT_UNROLLED inline void start_sums(const WeightView& w, const uint8_t* const (&strip)[NR],
+                                       int64_t g, const SplitSegment* x, int64_t stride,
+                                       PlaneSums<P, MR, NR>& sums, V::F (&scale)[NR],
+                                       V::F (&rest)[NR]) {
+  if (w.zero_kind == ZeroKind::kNone) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const V::I zero = V::izero();
+      const V::I low = V::isub(zero, V::shl<kBits - 1>(V::iset1(x[m * stride].low)));
+      const V::I high = V::isub(zero, V::shl<kBits - 1>(V::iset1(x[m * stride].high)));
+#pragma GCC unroll 4
+      for (int s = 0; s < NR; ++s) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) sums[m][s][p] = p == 0 ? low : p == 2 ? high : zero;
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < NR; ++s) {
+    const V::I integer = split_zeros<kBits>(w, strip[s], g, scale[s], rest[s]);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sums[m][s][p] = V::izero();
+      sums[m][s][0] = V::imul(integer, V::iset1(-x[m * stride].low));
+      if constexpr (P > 2) sums[m][s][2] = V::imul(integer, V::iset1(-x[m * stride].high));
+    }
+  }
+}
+
 // sum v (q - z) as floats, in units of the segment's scale.
 template <int P>
-LOWBIT_UNROLLED inline V::F join_planes(const V::I (&sums)[P], V::I low_zeros, V::I high_zeros) {
-  const V::F low = V::to_f(V::isub(V::iadd(V::shl<8>(sums[1]), sums[0]), low_zeros));
+LOWBIT_UNROLLED inline V::F join_planes(const V::I (&sums)[P]) {
+  const V::F low = V::to_f(V::iadd(V::shl<8>(sums[1]), sums[0]));
   if constexpr (P == 2) return low;
-  const V::I high = V::isub(V::iadd(V::shl<8>(sums[P - 1]), sums[P - 2]), high_zeros);
-  return V::fma(V::to_f(high), V::set1(65536.0f), low);
+  const V::F high = V::to_f(V::iadd(V::shl<8>(sums[P - 1]), sums[P - 2]));
+  return V::fma(high, V::set1(65536.0f), low);
 }
 
-// Adds one segment of one row to its total.
-template <int kBits, int P>
-LOWBIT_UNROLLED inline V::F add_segment(const WeightView& w, const SegmentZeros& z,
-                                        const V::I (&sums)[P], const SplitSegment& x, V::F total) {
-  V::I low, high = V::izero();
-  if (w.zero_kind == ZeroKind::kNone) {
-    low = V::iset1(static_cast<int32_t>(static_cast<uint32_t>(x.low) << (kBits - 1)));
-    high = V::iset1(static_cast<int32_t>(static_cast<uint32_t>(x.high) << (kBits - 1)));
-  } else {
-    low = V::imul(z.integer, V::iset1(x.low));
-    if constexpr (P > 2) high = V::imul(z.integer, V::iset1(x.high));
+template <ZeroKind kZeros, int P, int MR, int NR>
+LOWBIT_UNROLLED inline void add_sums(const PlaneSums<P, MR, NR>& sums, const V::F (&scale)[NR],
+                                     const V::F (&rest)[NR], const SplitSegment* x, int64_t stride,
+                                     V::F (&total)[MR][NR]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+    const V::F unit = V::set1(x[m * stride].scale), x_total = V::set1(x[m * stride].total);
+#pragma GCC unroll 4
+    for (int s = 0; s < NR; ++s) {
+      V::F sum = V::mul(join_planes<P>(sums[m][s]), unit);
+      if constexpr (kZeros == ZeroKind::kFloat) sum = V::sub(sum, V::mul(rest[s], x_total));
+      total[m][s] = V::fma(sum, scale[s], total[m][s]);
+      if constexpr (kZeros == ZeroKind::kOffset)
+        total[m][s] = V::fma(rest[s], x_total, total[m][s]);
+    }
   }
-  V::F sum = V::mul(join_planes<P>(sums, low, high), V::set1(x.scale));
-  if (w.zero_kind == ZeroKind::kFloat) sum = V::sub(sum, V::mul(z.rest, V::set1(x.total)));
-  total = V::fma(sum, z.scale, total);
-  return w.zero_kind == ZeroKind::kOffset ? V::fma(z.rest, V::set1(x.total), total) : total;
 }
 
-// Code of 16 rows at one k, as floats.
-template <int kBits>
-LOWBIT_UNROLLED inline V::F codes_at(const WeightView& w, const uint8_t* strip, uint32_t k) {
-  return V::to_f(Codes<kBits>::at(strip + k / 32 * w.block_bytes, k % 32));
+// Adds one segment of every row to its total.
+template <int P, int MR, int NR>
+LOWBIT_UNROLLED inline void finish_sums(const WeightView& w, const uint8_t* const (&strip)[NR],
+                                        int64_t g, const SplitSegment* x, int64_t stride,
+                                        const PlaneSums<P, MR, NR>& sums, V::F (&scale)[NR],
+                                        const V::F (&rest)[NR], V::F (&total)[MR][NR]) {
+  if (w.zero_kind != ZeroKind::kOffset) load_scales(w, strip, g, scale);
+  if (w.zero_kind == ZeroKind::kOffset) {
+    add_sums<ZeroKind::kOffset, P>(sums, scale, rest, x, stride, total);
+  } else if (w.zero_kind == ZeroKind::kFloat) {
+    add_sums<ZeroKind::kFloat, P>(sums, scale, rest, x, stride, total);
+  } else {
+    add_sums<ZeroKind::kNone, P>(sums, scale, rest, x, stride, total);
+  }
 }
 
-// What was spilled of one row, after the rest: a loop per segment would mispredict its end in every one.
-template <int kBits>
-V::F add_spilled(const GemmJob& job, const uint8_t* strip, int64_t m, int64_t count, V::F total) {
+// What was spilled of one row, after the rest: a loop per segment would mispredict its end in every one. An element of all
+// strips at a time, whose chains of additions then overlap.
+template <int kBits, int NR>
+void add_spilled(const GemmJob& job, const uint8_t* const (&strip)[NR], int64_t m,
+                 V::F (&total)[NR]) {
   const WeightView& w = job.w;
   const Spilled* spilled = job.x.spilled + m * job.x.stride;
   const V::F middle = V::set1(static_cast<float>(1 << (kBits - 1)));
-  for (int64_t i = 0; i < count; ++i) {
-    const V::F codes = codes_at<kBits>(w, strip, spilled[i].k), x = V::set1(spilled[i].x);
-    const V::F scale = group_scales(w, strip, spilled[i].group);
-    if (w.zero_kind == ZeroKind::kNone) {
-      total = V::fma(V::mul(V::sub(codes, middle), x), scale, total);
-      continue;
+  for (int64_t i = 0; i < job.x.spilled_counts[m]; ++i) {
+    const uint32_t k = spilled[i].k, g = spilled[i].group;
+    const int64_t offset = k / 32 * w.block_bytes;
+    const V::F x = V::set1(spilled[i].x);
+    V::F scale[NR];
+    load_scales(w, strip, g, scale);
+#pragma GCC unroll 4
+    for (int s = 0; s < NR; ++s) {
+      const V::F codes = V::to_f(Codes<kBits>::at(strip[s] + offset, k % 32));
+      if (w.zero_kind == ZeroKind::kNone) {
+        total[s] = V::fma(V::mul(V::sub(codes, middle), x), scale[s], total[s]);
+        continue;
+      }
+      const V::F zero = group_zeros(w, strip[s], g);
+      const V::F weight = w.zero_kind == ZeroKind::kOffset ? V::add(V::mul(codes, scale[s]), zero)
+                                                           : V::mul(V::sub(codes, zero), scale[s]);
+      total[s] = V::fma(weight, x, total[s]);
     }
-    const V::F zero = group_zeros(w, strip, spilled[i].group);
-    const V::F weight = w.zero_kind == ZeroKind::kOffset ? V::add(V::mul(codes, scale), zero)
-                                                         : V::mul(V::sub(codes, zero), scale);
-    total = V::fma(weight, x, total);
   }
-  return total;
 }
 
-// Integer sums of one segment: `blocks` blocks of 32 from `offset` on.
+// Adds integer products of one segment: `blocks` blocks of 32 from `offset` on.
 template <int kBits, int P, int MR, int NR>
 LOWBIT_UNROLLED inline void sum_segment(const WeightView& w, const uint8_t* const (&base)[NR],
                                         int64_t offset, int64_t blocks, const int8_t* x,
                                         PlaneSums<P, MR, NR>& sums) {
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-    for (int s = 0; s < NR; ++s) {
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) sums[m][s][p] = V::izero();
-    }
-  }
+  constexpr bool kKept = V::kSpareForCodes >= P * MR * NR;
   for (int64_t i = 0; i < blocks; ++i, offset += w.block_bytes, x += 32 * P * MR) {
+    BlockCodes<kBits, NR, kKept> codes;
     prefetch_blocks<kBits>(w, base, offset + kPrefetch<kBits>);
-    plane_quad<0, kBits, P, MR, NR>(base, offset, x, sums);
-    plane_quad<1, kBits, P, MR, NR>(base, offset, x, sums);
-    plane_quad<2, kBits, P, MR, NR>(base, offset, x, sums);
-    plane_quad<3, kBits, P, MR, NR>(base, offset, x, sums);
-    plane_quad<4, kBits, P, MR, NR>(base, offset, x, sums);
-    plane_quad<5, kBits, P, MR, NR>(base, offset, x, sums);
-    plane_quad<6, kBits, P, MR, NR>(base, offset, x, sums);
-    plane_quad<7, kBits, P, MR, NR>(base, offset, x, sums);
+    plane_quad<quad_in_order(kBits, 0), kBits, P, MR, NR>(base, offset, x, codes, sums);
+    plane_quad<quad_in_order(kBits, 1), kBits, P, MR, NR>(base, offset, x, codes, sums);
+    plane_quad<quad_in_order(kBits, 2), kBits, P, MR, NR>(base, offset, x, codes, sums);
+    plane_quad<quad_in_order(kBits, 3), kBits, P, MR, NR>(base, offset, x, codes, sums);
+    plane_quad<quad_in_order(kBits, 4), kBits, P, MR, NR>(base, offset, x, codes, sums);
+    plane_quad<quad_in_order(kBits, 5), kBits, P, MR, NR>(base, offset, x, codes, sums);
+    plane_quad<quad_in_order(kBits, 6), kBits, P, MR, NR>(base, offset, x, codes, sums);
+    plane_quad<quad_in_order(kBits, 7), kBits, P, MR, NR>(base, offset, x, codes, sums);
   }
 }
 
@@ -125,9 +233,10 @@ template <int kBits, int P, int MR, int NR>
 void plane_tile(const GemmJob& job, int64_t strip, int64_t m0) {
   const WeightView& w = job.w;
   const uint8_t* base[NR];
-  V::F total[MR][NR];
+  V::F total[MR][NR], rest[NR];
   for (int s = 0; s < NR; ++s) {
     base[s] = w.data + (strip + s) * w.strip_bytes;
+    rest[s] = V::zero();
     for (int m = 0; m < MR; ++m) total[m][s] = V::zero();
   }
   const int8_t* x = job.x.planes + m0 * P * job.x.stride;
@@ -136,29 +245,21 @@ void plane_tile(const GemmJob& job, int64_t strip, int64_t m0) {
   int64_t k = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t group_end = g + 1 == w.groups ? w.K_padded : (g + 1) * w.group_size;
+    prefetch_scales(w, base, g);
     for (int64_t segment = g * job.x.segments_per_group; k < group_end; ++segment) {
       const int64_t count = job.x.segment < group_end - k ? job.x.segment : group_end - k;
       PlaneSums<P, MR, NR> sums;
+      V::F scale[NR];
+      start_sums<kBits, P, MR, NR>(w, base, g, split + segment, segments, sums, scale, rest);
       sum_segment<kBits, P, MR, NR>(w, base, k / 32 * w.block_bytes, count / 32, x + k * P * MR,
                                     sums);
+      finish_sums<P, MR, NR>(w, base, g, split + segment, segments, sums, scale, rest, total);
       k += count;
-#pragma GCC unroll 4
-      for (int s = 0; s < NR; ++s) {
-        const SegmentZeros zeros = segment_zeros<kBits>(w, base[s], g);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-          total[m][s] = add_segment<kBits, P>(w, zeros, sums[m][s], split[m * segments + segment],
-                                              total[m][s]);
-        }
-      }
     }
   }
-  for (int s = 0; s < NR; ++s) {
-    for (int m = 0; m < MR; ++m) {
-      const V::F sum =
-          add_spilled<kBits>(job, base[s], m0 + m, job.x.spilled_counts[m0 + m], total[m][s]);
-      write_tile_row(job.y, w.N, m0 + m, (strip + s) * 16, sum);
-    }
+  for (int m = 0; m < MR; ++m) {
+    add_spilled<kBits>(job, base, m0 + m, total[m]);
+    for (int s = 0; s < NR; ++s) write_tile_row(job.y, w.N, m0 + m, (strip + s) * 16, total[m][s]);
   }
 }
 

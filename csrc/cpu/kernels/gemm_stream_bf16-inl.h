@@ -7,9 +7,13 @@
 // batch-invariant. x comes with the middle two of every four k exchanged, as decode_bf16-inl.h has them. Included after V,
 // codec-inl.h, decode_bf16-inl.h, epilogue-inl.h and pairs-inl.h; V needs broadcast_pair and dot2.
 
-// Bytes ahead: fp8 94 % of a streaming read's speed with 1024 and 77 % with 2048, nf4 75 and 78 (Zen 4, M = 1).
-template <int kBits>
-constexpr int64_t kPairPrefetch = kBits == 8 ? 1024 : 2048;
+// Bytes ahead. Zen 4 at M = 1, shares of a streaming read's speed with 1024, 1536, 2048: int3-g64 66, 70, 68 %; nf4-g64 81, 76,
+// 85; int4-g32 84, 80, 80; int5-g64 83, 74, 78; int6-g64 86, 79, 79; fp8 94 and, with 2048, 77. Four rows in tiles of two strips
+// wait for arithmetic: with 1024, 2048, 4096 int5 takes 211, 169, 162 us (1024 x 4096), int6 249, 186, 178, fp8 276, 250, 242.
+template <int kBits, int NR>
+constexpr int64_t kPairPrefetch = NR < 4      ? 4096
+                                  : kBits > 4 ? 1024
+                                              : 2048;
 
 // A tile is MR rows of x times NR strips, two sums each.
 template <int MR, int NR>
@@ -65,7 +69,7 @@ LOWBIT_UNROLLED inline void sum_pairs(const Codec& codec, const typename Codec::
                                       const uint16_t* const (&x)[MR], int64_t k, int64_t end,
                                       PairSums<MR, NR>& sums) {
   for (int64_t offset = k / 32 * w.block_bytes; k < end; k += 32, offset += w.block_bytes) {
-    prefetch_blocks<Codec::kBits>(w, base, offset + kPairPrefetch<Codec::kBits>);
+    prefetch_blocks<Codec::kBits>(w, base, offset + kPairPrefetch<Codec::kBits, NR>);
     const uint8_t* block[NR];
     blocks_at(base, offset, block);
     pair_block(codec, state, block, x, k, sums);
@@ -119,6 +123,7 @@ void pair_tile(const Codec& codec, const GemmJob& job, int64_t strip, int64_t m0
     const int64_t end = g + 1 == w.groups ? w.K_padded : begin + w.group_size;
     typename Codec::State state[NR];
     bool fits = true;
+    prefetch_scales(w, base, g);
     PairSums<MR, NR> sums;
 #pragma GCC unroll 4
     for (int s = 0; s < NR; ++s) {
@@ -175,15 +180,15 @@ void gemm_stream_bf16(const GemmJob& job, int64_t begin, int64_t end) {
   if (job.w.zero_kind == ZeroKind::kInt) return pair_strips<ZeroPairs>(job, begin, end);
   switch (job.w.bits) {
     case 2:
-      return pair_strips<PlanePairs<2>>(job, begin, end);
+      return pair_strips<CodePairs<2>>(job, begin, end);
     case 3:
-      return pair_strips<TwoPlanePairs<3>>(job, begin, end);
+      return pair_strips<CodePairs<3>>(job, begin, end);
     case 4:
-      return pair_strips<PlanePairs<4>>(job, begin, end);
+      return pair_strips<CodePairs<4>>(job, begin, end);
     case 5:
-      return pair_strips<TwoPlanePairs<5>>(job, begin, end);
+      return pair_strips<CodePairs<5>>(job, begin, end);
     case 6:
-      return pair_strips<TwoPlanePairs<6>>(job, begin, end);
+      return pair_strips<CodePairs<6>>(job, begin, end);
     default:
       return pair_strips<BytePairs>(job, begin, end);
   }

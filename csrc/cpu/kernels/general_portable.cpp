@@ -122,20 +122,19 @@ float finish_group(const WeightView& w, const GroupOfRow& group, int64_t dot, in
 void row_codes(const WeightView& w, int64_t n, uint8_t* codes) {
   const CpuTile16& tile = *w.tile;
   const uint8_t* strip = w.data + n / kTileRows * w.strip_bytes + 4 * (n % kTileRows);
-  for (int64_t b = 0; b < tile.blocks; ++b) {
+  CodePieces pieces[8];
+  const int quads = tile.kb / 4;
+  for (int quad = 0; quad < quads; ++quad) pieces[quad] = code_pieces(tile.shape.bits, quad);
+  for (int64_t b = 0; b < tile.blocks; ++b, codes += tile.kb) {
     const uint8_t* block = strip + b * tile.block_bytes;
-    uint8_t* to = codes + b * tile.kb;
-    for (int p = 0; p < tile.plane_count; ++p) {
-      const Plane& plane = tile.planes[p];
-      const uint32_t mask = ((1u << plane.bits) - 1u) * 0x01010101u;
-      for (int quad = 0; quad < tile.kb / 4; ++quad) {  // four codes, a byte each
-        uint32_t word, sum = 0;
-        std::memcpy(&word, block + plane.offset + quad / plane.quads_per_vector * kVectorBytes, 4);
-        word = (word >> (quad % plane.quads_per_vector * plane.bits) & mask) << plane.position;
-        if (p > 0) std::memcpy(&sum, to + 4 * quad, 4);
-        sum |= word;
-        std::memcpy(to + 4 * quad, &sum, 4);
+    for (int quad = 0; quad < quads; ++quad) {  // four codes, a byte each
+      uint32_t word, sum = 0;
+      for (const CodePiece& piece : pieces[quad].piece) {
+        const uint32_t mask = ((1u << piece.bits) - 1u) * 0x01010101u;
+        std::memcpy(&word, block + piece.vector * kVectorBytes, 4);
+        sum |= (word >> piece.shift & mask) << piece.position;
       }
+      std::memcpy(codes + 4 * quad, &sum, 4);
     }
   }
 }

@@ -2,7 +2,7 @@
 // word_lut64, choose and ByteLut.
 //
 // A look-up takes the low five (or six) bits of every 16-bit word and ignores the others, so a table that repeats after
-// 2^bits makes masks needless: what stands above a code in its word is the next one, or a bit of another plane.
+// 2^bits makes masks needless: what stands above a code in its word is another one.
 
 // Two registers of pairs: (k0, k2) and (k1, k3) of a quad of 16 rows.
 struct Pairs {
@@ -50,42 +50,40 @@ struct NoState {
   static constexpr bool fits() { return true; }
 };
 
-// Two and four bits: one plane.
+// Up to six bits.
 template <int kCodeBits>
-struct PlanePairs {
+struct CodePairs {
   static constexpr int kBits = kCodeBits;
-  using State = NoState;
-  WordValues<32> values;
-
-  explicit PlanePairs(const WeightView& w) : values([&w](int q) { return code_value(w, q); }) {}
-
-  template <int Q>
-  LOWBIT_UNROLLED Pairs quad(const uint8_t* block, const State&) const {
-    constexpr int kPerVector = 8 / kBits, kShift = Q % kPerVector * kBits;
-    const V::I codes = V::iload(block + Q / kPerVector * 64);
-    return {values.at(V::shr16<kShift>(codes)), values.at(V::shr16<8 + kShift>(codes))};
-  }
-};
-
-// Three, five and six bits: two planes, the lower bits of a code in one and its upper bits in the other.
-template <int kCodeBits>
-struct TwoPlanePairs {
-  static constexpr int kBits = kCodeBits;
-  static constexpr int kLow = kBits == 3 ? 2 : 4, kHigh = kBits - kLow;
   using State = NoState;
   WordValues<kBits == 6 ? 64 : 32> values;
 
-  explicit TwoPlanePairs(const WeightView& w) : values([&w](int q) { return code_value(w, q); }) {}
+  explicit CodePairs(const WeightView& w) : values([&w](int q) { return code_value(w, q); }) {}
 
   template <int Q>
   LOWBIT_UNROLLED Pairs quad(const uint8_t* block, const State&) const {
-    constexpr int kLows = 8 / kLow, kHighs = 8 / kHigh;
-    const V::I low = V::shr16<Q % kLows * kLow>(V::iload(block + Q / kLows * 64));
-    const V::I high = Codes<kBits>::template moved<Q % kHighs * kHigh - kLow>(
-        V::iload(block + 64 * kLow + Q / kHighs * 64));
-    constexpr int kMask = (1 << kLow) - 1;
-    const V::I codes = V::choose(V::iset1(kMask * 0x01010101), low, high);
-    return {values.at(codes), values.at(V::shr16<8>(codes))};
+    constexpr CodePieces kPieces = code_pieces(kBits, Q);
+    constexpr int kShift = kPieces.piece[0].shift;
+    const V::I first = V::iload(block + kPieces.piece[0].vector * 64);
+    if constexpr (kPieces.piece[1].bits == 0) {
+      return {values.at(V::shr16<kShift>(first)), values.at(V::shr16<8 + kShift>(first))};
+    } else {
+      const V::I codes = add_piece<Q, 2>(add_piece<Q, 1>(V::shr16<kShift>(first), block), block);
+      return {values.at(codes), values.at(V::shr16<8>(codes))};
+    }
+  }
+
+ private:
+  // What stands above the piece comes with it.
+  template <int Q, int kIndex>
+  LOWBIT_UNROLLED static V::I add_piece(V::I codes, const uint8_t* block) {
+    constexpr CodePiece kPiece = code_pieces(kBits, Q).piece[kIndex];
+    if constexpr (kPiece.bits == 0) {
+      return codes;
+    } else {
+      const V::I piece =
+          V::shr16<kPiece.shift - kPiece.position>(V::iload(block + kPiece.vector * 64));
+      return V::choose(V::iset1(((1 << kPiece.position) - 1) * 0x01010101), codes, piece);
+    }
   }
 };
 

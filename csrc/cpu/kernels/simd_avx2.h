@@ -22,6 +22,7 @@ struct V {
       false;  // two permutes and a blend: no better than convert for integers
   static constexpr int kStreamRows = 4;  // 4 x 2 accumulators of 16 registers
   static constexpr int kPlaneSums = 6;   // 12 of 16 registers
+  static constexpr int kSpareForCodes = 0;
   static constexpr int kPanelRows = 6;
   static constexpr int kPanelStrips = 1;  // 6 x 2 accumulators
   static constexpr int kDotRows = 8;
@@ -82,6 +83,8 @@ struct V {
     const __m128i count = _mm_cvtsi32_si128(bits);
     return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
   }
+  static I kept(I a) { return a; }
+  static F near_reciprocal(F a) { return {_mm256_rcp_ps(a.lo), _mm256_rcp_ps(a.hi)}; }
   static F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
   static F clamp(F a, F low, F high) {
     return {_mm256_min_ps(_mm256_max_ps(a.lo, low.lo), high.lo),

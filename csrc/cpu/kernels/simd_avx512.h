@@ -26,6 +26,8 @@ struct V {
   static constexpr int kStreamRows =
       8;  // as many pointers into x as there are general registers to spare
   static constexpr int kPlaneSums = 24;  // of 32 registers
+  static constexpr int kSpareForCodes =
+      8;  // with so many sums there is room for the vectors that hold codes
   static constexpr int kPanelRows = 8;
   static constexpr int kPanelStrips = 2;  // 8 x 2 accumulators of 32 registers
   static constexpr int kDotRows = 4;
@@ -48,6 +50,11 @@ struct V {
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
+  // a in a register: it is not loaded again wherever it is used.
+  static I kept(I a) {
+    __asm__("" : "+v"(a));
+    return a;
+  }
   static I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static I band(I a, I b) { return _mm512_and_si512(a, b); }
   static I bor(I a, I b) { return _mm512_or_si512(a, b); }
@@ -65,6 +72,7 @@ struct V {
   }
   static I shr_by(I a, int bits) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(bits)); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F near_reciprocal(F a) { return _mm512_rcp14_ps(a); }
   static F clamp(F a, F low, F high) { return _mm512_min_ps(_mm512_max_ps(a, low), high); }
   static I to_i(F a) { return _mm512_cvtps_epi32(a); }
   static F to_f(I a) { return _mm512_cvtepi32_ps(a); }

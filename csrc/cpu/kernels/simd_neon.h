@@ -42,6 +42,7 @@ struct V {
   static constexpr int kDotRows = 4;
   static constexpr int kDotStrips = 1;
   static constexpr int kPlaneSums = 4;  // 16 registers; codes of two strips take 8
+  static constexpr int kSpareForCodes = 0;
 
   LOWBIT_INLINE static F zero() { return set1(0.0f); }
   LOWBIT_INLINE static F set1(float a) {
@@ -66,6 +67,10 @@ struct V {
   LOWBIT_INLINE static F mul(F a, F b) {
     return each<F>(a, b, [](auto x, auto y) LOWBIT_INLINE { return vmulq_f32(x, y); });
   }
+  LOWBIT_INLINE static I kept(I a) { return a; }
+  LOWBIT_INLINE static F near_reciprocal(F a) {
+    return div(set1(1.0f), a);
+  }  // estimates have eight bits
   LOWBIT_INLINE static F div(F a, F b) {
     return each<F>(a, b, [](auto x, auto y) LOWBIT_INLINE { return vdivq_f32(x, y); });
   }
