@@ -233,10 +233,10 @@ template <int kBits, int P, int MR, int NR>
 void plane_tile(const GemmJob& job, int64_t strip, int64_t m0) {
   const WeightView& w = job.w;
   const uint8_t* base[NR];
-  V::F total[MR][NR], rest[NR];
+  V::F total[MR][NR], scale[NR], rest[NR];
   for (int s = 0; s < NR; ++s) {
     base[s] = w.data + (strip + s) * w.strip_bytes;
-    rest[s] = V::zero();
+    scale[s] = rest[s] = V::zero();
     for (int m = 0; m < MR; ++m) total[m][s] = V::zero();
   }
   const int8_t* x = job.x.planes + m0 * P * job.x.stride;
@@ -249,7 +249,6 @@ void plane_tile(const GemmJob& job, int64_t strip, int64_t m0) {
     for (int64_t segment = g * job.x.segments_per_group; k < group_end; ++segment) {
       const int64_t count = job.x.segment < group_end - k ? job.x.segment : group_end - k;
       PlaneSums<P, MR, NR> sums;
-      V::F scale[NR];
       start_sums<kBits, P, MR, NR>(w, base, g, split + segment, segments, sums, scale, rest);
       sum_segment<kBits, P, MR, NR>(w, base, k / 32 * w.block_bytes, count / 32, x + k * P * MR,
                                     sums);
