@@ -42,6 +42,8 @@ SCHEMES = (
     "fp8-g64",
     "nf4-g64",
     "fp4-g64",
+    "bnb_fp4-g64",
+    "iq4_nl-g64",
 )
 #: Format -> scheme of the encoder converted to it.
 CONVERTED = {"compressed-tensors": "int4-g32", "gptq": "int4-g32-asym"}

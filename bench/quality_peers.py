@@ -80,7 +80,7 @@ def _peer(name: str, package: str, scheme: str, quantize: Callable[..., Result],
 PEERS = (
     _peer("bitsandbytes NF4, 64", "bitsandbytes", "nf4-g64-fp32", _bitsandbytes, "nf4", False),
     _peer("bitsandbytes NF4, 64, double", "bitsandbytes", "nf4-g128", _bitsandbytes, "nf4", True),
-    _peer("bitsandbytes FP4, 64", "bitsandbytes", "fp4-g64-fp32", _bitsandbytes, "fp4", False),
+    _peer("bitsandbytes FP4, 64", "bitsandbytes", "bnb_fp4-g64-fp32", _bitsandbytes, "fp4", False),
     _peer("HQQ 8 bits, 64", "hqq", "int8-g64-offset-fp16", _hqq, 8, 64),
     _peer("HQQ 4 bits, 64", "hqq", "int4-g64-offset-fp16", _hqq, 4, 64),
     _peer("HQQ 3 bits, 64", "hqq", "int3-g64-offset-fp16", _hqq, 3, 64),
