@@ -199,6 +199,12 @@ class TestPlanted:
     def test_no_spill(self):
         assert cuda_audit.spills(cuda_audit.resources(LOG.format(stack=0, stores=0, loads=0))) == []
 
+    @pytest.mark.parametrize(("stack", "arch", "found"), [(8, "80", 0), (16, "80", 1), (8, "90a", 1)])
+    def test_known_spill_that_grows_or_is_elsewhere(self, stack, arch, found):
+        log = LOG.format(stack=stack, stores=4, loads=4).replace("'sm_80'", f"'sm_{arch}'")
+        log = log.replace("stream_kernelILi4EEE", "stream_kernelILNS_6FormatE6ENS0_8BFloat16ELi3EEE")
+        assert len(cuda_audit.spills(cuda_audit.resources(log))) == found
+
     def test_frame_of_a_function_that_was_not_inlined(self):
         log = LOG.format(stack=0, stores=0, loads=0).replace(
             "ptxas info    : Compiling entry function '_ZN6lowbit4cuda14general",
