@@ -251,6 +251,8 @@ def test_an_outlier_spoils_nothing(target: Target) -> None:
     """1500 among values of 0.05, where the weight is zero: the bound does not see it."""
     runner, level = target
     for kind, (format, zero_kind, scaling) in KINDS.items():
+        if format == "iq4_nl":  # no code of it is 0
+            continue
         N, K = 33, 128
         spec = Spec(format, zero_kind, 128 if scaling == "block128" else 32, "float32", scaling)
         weight = with_zero_column(spec, N, K, 77)
